@@ -1,0 +1,1 @@
+"""Rounds: who trains next, with which adapter, and how copies become one."""

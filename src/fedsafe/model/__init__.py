@@ -1,0 +1,1 @@
+"""The frozen language model, its LoRA adapter and the training objectives."""

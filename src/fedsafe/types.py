@@ -1,0 +1,44 @@
+"""The nouns that every floor shares; this module imports nothing of fedsafe."""
+
+from typing import Literal, NamedTuple, TypedDict
+
+Role = Literal["system", "user", "assistant"]
+Label = Literal["safe", "unsafe"]
+
+
+class Turn(TypedDict):
+    """One turn of a conversation, in the `messages` format of the datasets/TRL ecosystem."""
+
+    role: Role
+    content: str
+
+
+Conversation = list[Turn]
+
+
+class Sample(TypedDict):
+    """One training conversation of one client, as every reader yields it.
+
+    The columns of the dataset that `data.sources.load_samples` returns.
+    """
+
+    messages: Conversation
+    """The turns; the last one is the assistant's."""
+    client: str | None
+    """Name of the client the sample belongs to, where the source says so (natural partition)."""
+    label: Label | None
+    """Ground truth, used only to measure and to print the harmful share."""
+    category: str | None
+    """Topic or harm category, used by the Dirichlet partition."""
+    source: str
+    """File or hub name the sample came from."""
+    row: int
+    """Line (JSONL, CSV; from 1) or row (from 0) in the source, for error messages."""
+
+
+class TokenizedConversation(NamedTuple):
+    """Token ids of one conversation and which of them the loss is computed on."""
+
+    input_ids: list[int]
+    answer_mask: list[bool]
+    """True where the token was written by the assistant; same length as `input_ids`."""
