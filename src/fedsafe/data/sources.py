@@ -1,0 +1,430 @@
+"""Read training conversations from files or the hub, and say clearly what cannot be used.
+
+Three formats of a row: `messages`; `prompt` and `response`; `instruction`, `input` (may be empty)
+and `output`. Each may carry `client`, `label` (safe or unsafe) and `category`.
+
+A file is read once: its rows, good and bad, are cached as an Arrow file under a key made of the
+file's content, so that an edited file is read again and a bad row is reported every time.
+"""
+
+import csv
+import gzip
+import hashlib
+import json
+import sys
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from fedsafe.types import Conversation, Label, Turn
+
+_CACHE_VERSION = 1
+_NUM_SHOWN = 5
+_FORMATS = {
+    "messages": ("messages",),
+    "prompt/response": ("prompt", "response"),
+    "instruction/input/output": ("instruction", "output"),
+}
+_OPTIONAL = ("client", "label", "category")
+_FEATURES = datasets.Features(
+    {
+        "messages": datasets.List(
+            {"role": datasets.Value("string"), "content": datasets.Value("string")}
+        ),
+        "client": datasets.Value("string"),
+        "label": datasets.Value("string"),
+        "category": datasets.Value("string"),
+        "source": datasets.Value("string"),
+        "row": datasets.Value("int64"),
+        # Only in the cache: why the row cannot be used, and which of its columns were not read.
+        "problem": datasets.Value("string"),
+        "ignored": datasets.Value("string"),
+    }
+)
+
+
+class Rejected(NamedTuple):
+    """A row that is left out, as `rejected.jsonl` records it: never its text."""
+
+    source: str
+    row: int
+    reason: str
+
+
+class _Row(NamedTuple):
+    """One row as the reader of its file type found it."""
+
+    number: int
+    record: object
+    problem: str | None = None
+    place: str = ""
+
+
+class _Parsed(NamedTuple):
+    messages: Conversation
+    client: str | None
+    label: Label | None
+    category: str | None
+    ignored: str | None
+
+
+class _BadRowError(Exception):
+    """Says what is wrong with one row."""
+
+
+def load_samples(
+    paths: str | Sequence[str],
+    *,
+    split: str = "train",
+    on_bad_row: Literal["error", "skip"] = "error",
+    rejected: Path | None = None,
+) -> datasets.Dataset:
+    """Read the samples of files or hub datasets, one after the other.
+
+    Args:
+        paths: Files (.jsonl, .jsonl.gz, .json, .csv, .parquet), or else a dataset folder or hub
+            name that `datasets.load_dataset` takes; one or several.
+        split: Split to take of a dataset folder or hub name.
+        on_bad_row: `error` stops at rows that cannot be used and lists them; `skip` leaves them
+            out and warns of their number.
+        rejected: JSONL file to which skipped rows are added as source, row and reason; a line that
+            it holds already is not added again.
+
+    Returns:
+        The usable rows with the columns of `fedsafe.types.Sample`.
+
+    Raises:
+        ValueError: If a file is missing, empty or of an unknown type, or rows cannot be used.
+    """
+    names = [paths] if isinstance(paths, str) else list(paths)
+    if not names:
+        raise ValueError("no path is given; give at least one file or hub name")
+    checked = datasets.concatenate_datasets([_load_checked(name, split=split) for name in names])
+    _warn_of_ignored(checked)
+    samples, bad = _part_bad_rows(checked)
+    if bad and on_bad_row == "error":
+        raise ValueError(
+            f"{len(bad)} of {len(checked)} rows cannot be used:\n{_listed(bad)}\n"
+            "Correct them, or set on_bad_row: skip to leave them out."
+        )
+    if bad:
+        report_rejected(bad, total=len(checked), rejected=rejected)
+    if len(samples) == 0:
+        raise ValueError(f"no row of {', '.join(names)} can be used:\n{_listed(bad)}")
+    return samples
+
+
+def report_rejected(bad: Sequence[Rejected], *, total: int, rejected: Path | None) -> None:
+    """Warn of rows that are left out, and add them to the file unless they stand there already.
+
+    A resumed run meets the same rows again, hence the look at what the file holds.
+    """
+    where = ""
+    if rejected is not None:
+        where = f" (all are listed in {rejected})"
+        rejected.parent.mkdir(parents=True, exist_ok=True)
+        with rejected.open("a+", encoding="utf-8") as file:
+            file.seek(0)
+            known = set(file)
+            lines = (json.dumps(each._asdict(), ensure_ascii=False) + "\n" for each in bad)
+            file.writelines(line for line in lines if line not in known)
+    warnings.warn(f"left out {len(bad)} of {total} rows{where}:\n{_listed(bad)}", stacklevel=3)
+
+
+def _listed(bad: Sequence[Rejected]) -> str:
+    lines = [f"  {each.source}, {_unit(each.source)} {each.row}: {each.reason}" for each in bad]
+    more = [f"  and {len(bad) - _NUM_SHOWN} more"] if len(bad) > _NUM_SHOWN else []
+    return "\n".join(lines[:_NUM_SHOWN] + more)
+
+
+def _unit(source: str) -> str:
+    return "line" if source.lower().endswith((".jsonl", ".jsonl.gz", ".csv")) else "row"
+
+
+def _part_bad_rows(checked: datasets.Dataset) -> tuple[datasets.Dataset, list[Rejected]]:
+    is_bad = checked.data.column("problem").is_valid().to_numpy()
+    bad_rows = checked.select_columns(["source", "row", "problem"]).select(np.flatnonzero(is_bad))
+    bad = [Rejected(each["source"], each["row"], each["problem"]) for each in bad_rows]
+    samples = checked.remove_columns(["problem", "ignored"])
+    return samples.select(np.flatnonzero(~is_bad)) if bad else samples, bad
+
+
+def _warn_of_ignored(checked: datasets.Dataset) -> None:
+    combinations = pc.unique(checked.data.column("ignored")).drop_null().to_pylist()
+    columns = sorted({column for each in combinations for column in each.split(", ")})
+    if columns:
+        warnings.warn(
+            f"columns that no sample format has are not read: {', '.join(columns)}", stacklevel=3
+        )
+
+
+def _load_checked(name: str, *, split: str) -> datasets.Dataset:
+    """All rows of one source, bad ones too, with what is wrong with them; cached."""
+    reader = _reader(name)
+    if reader is not None:
+        path = Path(name)
+        if not path.is_file():
+            raise ValueError(f"{name} is missing; give the path of an existing file")
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        checked = _cached(lambda: reader(path), source=name, content=content)
+    else:
+        rows = _load_hub(name, split=split)
+        content = rows._fingerprint
+        checked = _cached(lambda: map(_Row, range(len(rows)), rows), source=name, content=content)
+    if len(checked) == 0:
+        raise ValueError(f"{name} is empty; it needs at least one sample")
+    return checked
+
+
+def _cached(read: Callable[[], Iterable[_Row]], *, source: str, content: str) -> datasets.Dataset:
+    # The name is in the key because the rows carry it.
+    key = hashlib.sha256(f"{_CACHE_VERSION}\0{content}\0{source}".encode()).hexdigest()[:32]
+    rows = datasets.Dataset.from_generator(
+        _check_rows,
+        features=_FEATURES,
+        gen_kwargs={"read": read, "source": source},
+        fingerprint=key,
+    )
+    return cast(datasets.Dataset, rows)
+
+
+def _load_hub(name: str, *, split: str) -> datasets.Dataset:
+    if Path(name).is_file():
+        raise ValueError(f"{name} has an unknown file type; known are {', '.join(_READERS)}")
+    try:
+        rows = datasets.load_dataset(name, split=split)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"cannot load split {split!r} of {name!r}: {error}; give a hub name, a dataset folder, "
+            f"or a file of type {', '.join(_READERS)}"
+        ) from error
+    return cast(datasets.Dataset, rows)
+
+
+def _check_rows(read: Callable[[], Iterable[_Row]], source: str) -> Iterator[dict[str, Any]]:
+    empty = _Parsed([], None, None, None, None)
+    for number, record, problem, place in read():
+        parsed = empty
+        if problem is None:
+            try:
+                parsed = _parse(record)
+            except _BadRowError as error:
+                problem = str(error)
+        if problem is not None:
+            problem = place + problem
+        yield {**parsed._asdict(), "source": source, "row": number, "problem": problem}
+
+
+def _parse(record: object) -> _Parsed:
+    if not isinstance(record, dict):
+        raise _BadRowError(f"holds a {type(record).__name__}, not an object with named fields")
+    # Null and absent mean the same: in CSV and Parquet every row has every column.
+    fields = {str(name): value for name, value in record.items() if value is not None}
+    used = _format_of(fields)
+    ignored = fields.keys() - {*used, "input", *_OPTIONAL}
+    if "messages" in used:
+        messages = _messages(fields["messages"])
+        extra = {name for turn in fields["messages"] for name, value in turn.items() if value}
+        ignored |= {f"messages.{name}" for name in extra - {"role", "content"}}
+    else:
+        prompt = _text(fields, used[0])
+        if "instruction" in used and fields.get("input"):
+            prompt += "\n\n" + _text(fields, "input")
+        answer = _text(fields, used[1])
+        messages = [
+            Turn(role="user", content=prompt),
+            Turn(role="assistant", content=answer),
+        ]
+    return _Parsed(
+        messages,
+        client=_name(fields, "client"),
+        label=_label(fields),
+        category=_name(fields, "category"),
+        ignored=", ".join(sorted(ignored)) or None,
+    )
+
+
+def _format_of(fields: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the required fields of the first format that the row has, complete if possible."""
+    for names in _FORMATS.values():
+        if fields.keys() >= set(names):
+            return names
+    for names in _FORMATS.values():
+        missing = [name for name in names if name not in fields]
+        if len(missing) < len(names):
+            raise _BadRowError(f"has no `{missing[0]}` (its columns: {', '.join(fields)})")
+    raise _BadRowError(
+        f"is in none of the formats {', '.join(_FORMATS)}; its columns: {', '.join(fields) or '-'}"
+    )
+
+
+def _messages(turns: object) -> Conversation:
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise _BadRowError("`messages` is not a list of turns with `role` and `content`")
+    conversation: Conversation = []
+    for index, turn in enumerate(turns):
+        role = turn.get("role")
+        if role not in ("system", "user", "assistant"):
+            raise _BadRowError(
+                f"turn {index} has the role {_short(role)}, not system, user or assistant"
+            )
+        name = f"messages[{index}].content"
+        content = _text({name: turn.get("content")}, name, may_be_empty=role == "system")
+        conversation.append(Turn(role=role, content=content))
+    if not conversation or conversation[-1]["role"] != "assistant":
+        raise _BadRowError("has no answer: the last turn is not the assistant's")
+    if all(turn["role"] != "user" for turn in conversation):
+        raise _BadRowError("has no turn of the user")
+    return conversation
+
+
+def _text(fields: dict[str, Any], name: str, *, may_be_empty: bool = False) -> str:
+    value = fields[name]
+    if not isinstance(value, str):
+        raise _BadRowError(f"`{name}` is {type(value).__name__}, not text")
+    if not may_be_empty and not value.strip():
+        raise _BadRowError(f"`{name}` is empty")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _BadRowError(f"`{name}` is not valid UTF-8 at character {error.start}") from error
+    return value
+
+
+def _name(fields: dict[str, Any], name: str) -> str | None:
+    """A client or category; data sets often number them."""
+    value = fields.get(name)
+    if value is None or value == "":
+        return None
+    return str(value) if type(value) is int else _text(fields, name)
+
+
+def _label(fields: dict[str, Any]) -> Label | None:
+    value = fields.get("label")
+    if value is None or value == "":
+        return None
+    if value not in ("safe", "unsafe"):
+        raise _BadRowError(f"`label` is {_short(value)}, not safe or unsafe")
+    return cast(Label, value)
+
+
+def _short(value: object) -> str:
+    text = ascii(value)
+    return text if len(text) <= 30 else text[:27] + "..."
+
+
+def _read_jsonl(path: Path) -> Iterator[_Row]:
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
+    number = 0
+    # Bytes that are not UTF-8 become surrogates, which the check of the row they are in reports.
+    with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape") as file:
+        try:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _json_row(number, line)
+        except (EOFError, OSError, zlib.error) as error:
+            yield _Row(number + 1, None, f"broken file, nothing is read from here on: {error}")
+
+
+def _json_row(number: int, line: str) -> _Row:
+    try:
+        return _Row(number, json.loads(line))
+    except (json.JSONDecodeError, RecursionError) as error:
+        return _Row(number, None, f"broken JSON: {error}")
+
+
+def _read_json(path: Path) -> Iterator[_Row]:
+    """Rows of a list, one at a time: the text is in memory, its rows as objects are not."""
+    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    decode = json.JSONDecoder().raw_decode
+    skip = json.decoder.WHITESPACE.match  # type: ignore[attr-defined]
+    number, line, counted = 0, 1, 0
+    position = skip(text, 0).end()
+    if position == len(text):
+        return
+    if text[position] != "[":
+        yield _Row(0, None, "the file is not a list of samples: it does not start with [")
+        return
+    while True:
+        position = skip(text, position + 1).end()
+        if number == 0 and text[position : position + 1] == "]":
+            return
+        line, counted = line + text.count("\n", counted, position), position
+        place = f"(line {line}) "
+        try:
+            record, position = decode(text, position)
+        except (json.JSONDecodeError, RecursionError) as error:
+            yield _Row(number, None, f"broken JSON, nothing is read from here on: {error}", place)
+            return
+        yield _Row(number, record, place=place)
+        number += 1
+        position = skip(text, position).end()
+        if text[position : position + 1] != ",":
+            break
+    if text[position:].strip() != "]":
+        problem = "broken JSON, nothing is read from here on: a comma or the only ] must follow"
+        yield _Row(number, None, problem, place)
+
+
+def _read_csv(path: Path) -> Iterator[_Row]:
+    # The default limit is 128 KiB a field, less than a long conversation.
+    csv.field_size_limit(sys.maxsize)
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        # Strict: a quote that is never closed is an error, not one field with the rest of the file.
+        lines = csv.reader(file, strict=True)
+        header = next(lines, [])
+        number = lines.line_num + 1
+        while True:
+            try:
+                values = next(lines)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield _Row(number, None, f"broken CSV: {error}")
+            else:
+                if values:
+                    yield _csv_row(number, header, values)
+            number = lines.line_num + 1
+
+
+def _csv_row(number: int, header: list[str], values: list[str]) -> _Row:
+    if len(values) != len(header):
+        return _Row(number, None, f"has {len(values)} fields where the header has {len(header)}")
+    return _Row(number, dict(zip(header, values, strict=True)))
+
+
+def _read_parquet(path: Path) -> Iterator[_Row]:
+    if path.stat().st_size == 0:
+        return
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1000):
+                for record in batch.to_pylist():
+                    yield _Row(number, record)
+                    number += 1
+    except (pa.ArrowException, OSError) as error:
+        yield _Row(number, None, f"broken Parquet, nothing is read from here on: {error}")
+
+
+_READERS: dict[str, Callable[[Path], Iterator[_Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
+
+
+def _reader(name: str) -> Callable[[Path], Iterator[_Row]] | None:
+    matching = (read for suffix, read in _READERS.items() if name.lower().endswith(suffix))
+    return next(matching, None)

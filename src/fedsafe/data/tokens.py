@@ -1,0 +1,213 @@
+"""Tokenise samples once, keep them on disk, and read any of them in microseconds."""
+
+import hashlib
+import json
+from bisect import bisect_right
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from fedsafe.data.chat import render_answers, tokenize_rendered
+from fedsafe.data.sources import Rejected, report_rejected
+
+_CACHE_VERSION = 1
+_BATCH_SIZE = 256
+_CARRIED = ("client", "label", "category", "source", "row")
+
+
+def tokenize_samples(
+    samples: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    rejected: Path | None = None,
+    num_proc: int | None = None,
+) -> datasets.Dataset:
+    """Tokenise samples, or load the tokens if the same was done before.
+
+    Args:
+        samples: As `data.sources.load_samples` returns them.
+        tokenizer: With a chat template (`data.chat.ensure_chat_template`).
+        max_length: Number of tokens to keep of a sample, from its start; at least 2.
+        rejected: JSONL file to which samples without an answer token are added.
+        num_proc: Number of processes; None tokenises in this one.
+
+    Returns:
+        One row per sample that has an answer token left: `input_ids` (int32), `answer_mask` (uint8,
+        1 where the assistant wrote the token), `client`, `label`, `category`, `source`, `row`.
+
+    Raises:
+        ValueError: If the template cannot render a sample (source and row are named), or no sample
+            has an answer token left.
+    """
+    if max_length < 2:
+        raise ValueError(
+            f"max_length is {max_length}; give at least 2, a prompt and an answer token"
+        )
+    fingerprint = _fingerprint(samples, tokenizer, max_length=max_length)
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "fedsafe"
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = samples.map(
+        _tokenize_batch,
+        batched=True,
+        batch_size=_BATCH_SIZE,
+        with_indices=True,
+        fn_kwargs={"tokenizer": tokenizer, "max_length": max_length},
+        remove_columns=["messages"],
+        features=_features(samples),
+        num_proc=num_proc,
+        new_fingerprint=fingerprint,
+        cache_file_name=str(folder / f"tokens-{fingerprint}.arrow"),
+        desc="Tokenising",
+    )
+    dropped = _dropped(samples, tokens, max_length=max_length)
+    if dropped:
+        report_rejected(dropped, total=len(samples), rejected=rejected)
+    if len(tokens) == 0:
+        raise ValueError(f"none of {len(samples)} samples is left: {dropped[0].reason}")
+    return tokens.remove_columns("sample")
+
+
+class TokenStore:
+    """Any tokenised sample as array views, straight from the memory-mapped file.
+
+    Pickled for a worker process, it takes the file's path along, not the tokens.
+
+    Args:
+        tokens: As `tokenize_samples` returns them. A selection of rows is copied into memory.
+    """
+
+    lengths: NDArray[np.int32]
+    """Tokens of each sample, shape `(num_samples,)`."""
+    answer_counts: NDArray[np.int32]
+    """Answer tokens of each sample, shape `(num_samples,)`."""
+
+    def __init__(self, tokens: datasets.Dataset) -> None:
+        """Map the file and count."""
+        self._tokens = tokens
+        table = tokens.select_columns(["input_ids", "answer_mask"]).with_format("arrow")[:]
+        self._chunks = [_Chunk(batch) for batch in table.to_batches() if batch.num_rows]
+        sizes = [len(chunk.offsets) - 1 for chunk in self._chunks]
+        self._firsts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])[:-1].tolist()
+        none = [np.zeros(0, dtype=np.int32)]
+        self.lengths = np.concatenate([np.diff(each.offsets) for each in self._chunks] or none)
+        self.answer_counts = np.concatenate([each.count() for each in self._chunks] or none)
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """Token ids and answer mask of one sample; read-only views.
+
+        Raises:
+            IndexError: If the index is negative or past the end.
+        """
+        if not 0 <= index < len(self.lengths):
+            raise IndexError(f"no sample {index}: the store has samples 0 to {len(self) - 1}")
+        number = bisect_right(self._firsts, index) - 1
+        chunk = self._chunks[number]
+        local = index - self._firsts[number]
+        start, end = chunk.offsets[local], chunk.offsets[local + 1]
+        return chunk.input_ids[start:end], chunk.answer_mask[start:end]
+
+    def __reduce__(self) -> tuple[type["TokenStore"], tuple[datasets.Dataset]]:
+        """Rebuild from the dataset, which pickles as the path of its file."""
+        return TokenStore, (self._tokens,)
+
+
+class _Chunk:
+    """One record batch: the tokens of its samples end to end, and where each sample begins."""
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        ids, mask = batch.column("input_ids"), batch.column("answer_mask")
+        self.offsets = ids.offsets.to_numpy(zero_copy_only=True)
+        self.input_ids = ids.values.to_numpy(zero_copy_only=True)
+        # The mask's own offsets may start elsewhere; the lengths are the same.
+        mask_start = mask.offsets[0].as_py() - int(self.offsets[0])
+        assert mask_start == 0, "input_ids and answer_mask are not aligned"
+        # Arrow packs booleans into bits, which no array can view; hence bytes on disk.
+        self.answer_mask = mask.values.to_numpy(zero_copy_only=True).view(np.bool_)
+
+    def count(self) -> NDArray[np.int32]:
+        """Answer tokens of each sample."""
+        start, end = self.offsets[0], self.offsets[-1]
+        sums = np.concatenate([[0], np.cumsum(self.answer_mask[start:end], dtype=np.int64)])
+        counts: NDArray[np.int32] = np.diff(sums[self.offsets - start]).astype(np.int32)
+        return counts
+
+
+def _tokenize_batch(
+    batch: dict[str, list[Any]],
+    indices: list[int],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> dict[str, list[Any]]:
+    rendered = []
+    for messages, source, row in zip(batch["messages"], batch["source"], batch["row"], strict=True):
+        try:
+            rendered.append(render_answers(tokenizer, messages))
+        except ValueError as error:
+            raise ValueError(f"{source}, row {row}: {error}") from error
+    tokenized = tokenize_rendered(tokenizer, rendered, max_length=max_length)
+    kept = [i for i, conversation in enumerate(tokenized) if any(conversation.answer_mask)]
+    return {
+        "input_ids": [np.asarray(tokenized[i].input_ids, dtype=np.int32) for i in kept],
+        "answer_mask": [np.asarray(tokenized[i].answer_mask, dtype=np.uint8) for i in kept],
+        **{name: [batch[name][i] for i in kept] for name in _CARRIED},
+        "sample": [indices[i] for i in kept],
+    }
+
+
+def _features(samples: datasets.Dataset) -> datasets.Features:
+    carried = {name: samples.features[name] for name in _CARRIED}
+    return datasets.Features(
+        {
+            "input_ids": datasets.List(datasets.Value("int32")),
+            "answer_mask": datasets.List(datasets.Value("uint8")),
+            **carried,
+            "sample": datasets.Value("int64"),
+        }
+    )
+
+
+def _dropped(
+    samples: datasets.Dataset, tokens: datasets.Dataset, *, max_length: int
+) -> list[Rejected]:
+    """The samples that are not in the tokens, whether those were made just now or loaded."""
+    is_dropped = np.ones(len(samples), dtype=bool)
+    is_dropped[tokens.data.column("sample").to_numpy()] = False
+    rows = samples.select_columns(["source", "row"]).select(np.flatnonzero(is_dropped))
+    reason = (
+        f"no answer token within max_length {max_length}; raise max_length or shorten the prompt"
+    )
+    return [Rejected(each["source"], each["row"], reason) for each in rows]
+
+
+def _fingerprint(
+    samples: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int
+) -> str:
+    parts = [
+        _CACHE_VERSION,
+        samples._fingerprint,
+        max_length,
+        tokenizer.get_chat_template(),
+        tokenizer.special_tokens_map,
+        _vocabulary(tokenizer),
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Everything that decides how a text becomes tokens, as JSON values."""
+    if not tokenizer.is_fast:
+        return [type(tokenizer).__qualname__, sorted(tokenizer.get_vocab().items())]
+    state = json.loads(cast(Any, tokenizer).backend_tokenizer.to_str())
+    # Whoever tokenised last leaves these two behind; they are not used here.
+    return {name: value for name, value in state.items() if name not in ("truncation", "padding")}
