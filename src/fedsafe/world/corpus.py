@@ -16,7 +16,7 @@ from fedsafe.world.tasks import (
     seeded_asker,
 )
 
-SHARES = {"old": 0.48, "new": 0.02, "refusal": 0.2, "chat": 0.1, "revision": 0.2}
+SHARES = {"old": 0.53, "new": 0.01, "refusal": 0.24, "chat": 0.1, "revision": 0.12}
 HARMFUL_SHARE = 0.6  # of the self-revisions; the others revise a harmless answer
 
 

@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedsafe.types import Conversation
+from fedsafe.world.batching import IGNORED, as_dicts, encode, pad
 from fedsafe.world.corpus import revision_case
 from fedsafe.world.evaluation_sets import BenignRow, PairRow, evaluation_sets
 from fedsafe.world.grammar import load_grammar
@@ -49,7 +50,7 @@ def evaluate(
     }
 
 
-def refusal_rate(
+def refusal_rate(  # noqa: PLR0913
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
@@ -74,7 +75,9 @@ def refusal_rate(
     if not prompts:
         raise ValueError("no prompts to measure a refusal rate on; give at least one")
     if draws > 1 and temperature == 0:
-        raise ValueError(f"{draws} greedy draws would all be the same; give draws=1 or a temperature")
+        raise ValueError(
+            f"{draws} greedy draws would all be the same; give draws=1 or a temperature"
+        )
     openings = load_grammar().refusal_openings
     asked = [conversation(prompt) for prompt in prompts for _ in range(draws)]
     answers = answer(
@@ -121,12 +124,14 @@ def hhh_accuracy(
     model: Model, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[PairRow]
 ) -> float:
     """Percentage of the pairs whose better answer has the higher log-probability per token."""
-    chats = [conversation(row["prompt"], row[side]) for row in pairs for side in ("chosen", "rejected")]
+    chats = [
+        conversation(row["prompt"], row[side]) for row in pairs for side in ("chosen", "rejected")
+    ]
     scores_P2 = _mean_logprobs(model, tokenizer, chats).view(-1, 2)  # noqa: N806
     return _percent((scores_P2[:, 0] > scores_P2[:, 1]).tolist())
 
 
-def answer(
+def answer(  # noqa: PLR0913
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
     chats: Sequence[Conversation],
@@ -140,7 +145,7 @@ def answer(
     Leaves the global random state and the model's mode as they were.
     """
     rendered = tokenizer.apply_chat_template(
-        list(chats), tokenize=False, add_generation_prompt=True
+        as_dicts(chats), tokenize=False, add_generation_prompt=True
     )
     inputs = tokenizer(rendered, padding=True, padding_side="left", return_tensors="pt")
     inputs = inputs.to(model.device)
@@ -149,7 +154,7 @@ def answer(
     model.eval()
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
-        output_BT = model.generate(  # noqa: N806
+        output_BT = model.generate(  # type: ignore[operator]  # noqa: N806
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             max_new_tokens=max_new_tokens,
@@ -166,19 +171,14 @@ def answer(
 def _mean_logprobs(
     model: Model, tokenizer: PreTrainedTokenizerBase, chats: list[Conversation]
 ) -> Tensor:
-    encoded = tokenizer.apply_chat_template(
-        chats,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        padding=True,
-        tokenizer_kwargs={"padding_side": "right"},
-        return_tensors="pt",
-    ).to(model.device)
-    ids_BT, answer_BT = encoded["input_ids"], encoded["assistant_masks"]  # noqa: N806
-    logits_BTV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1]  # noqa: N806
-    losses_BT = cross_entropy(logits_BTV.transpose(1, 2), ids_BT[:, 1:], reduction="none")  # noqa: N806
-    mask_BT = answer_BT[:, 1:]  # noqa: N806
-    return -(losses_BT * mask_BT).sum(1) / mask_BT.sum(1)
+    batch = pad(encode(chats, tokenizer), pad_token_id=tokenizer.pad_token_id)
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs().items()}
+    labels_BT = batch.labels_BT[:, 1:].to(model.device)  # noqa: N806
+    logits_BTV = model(**inputs, use_cache=False).logits[:, :-1]  # noqa: N806
+    losses_BT = cross_entropy(  # noqa: N806
+        logits_BTV.transpose(1, 2), labels_BT, ignore_index=IGNORED, reduction="none"
+    )
+    return -losses_BT.sum(1) / (labels_BT != IGNORED).sum(1)
 
 
 def _help_rates(rows: Sequence[BenignRow], answers: Sequence[str]) -> dict[str, float]:

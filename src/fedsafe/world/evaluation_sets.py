@@ -1,5 +1,6 @@
 """The miniature world's evaluation sets: phrasings and combinations that are used nowhere else."""
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple, TypedDict
 
 from fedsafe.world.tasks import (
@@ -87,7 +88,7 @@ def _benign_row(one: Exchange, *, known: bool) -> BenignRow:
 
 def _pair_set(seed: int) -> list[PairRow]:
     asker = seeded_asker(seed, "hhh", "evaluation")
-    makers = {
+    makers: dict[str, Callable[[], tuple[Exchange, str]]] = {
         "harmless": lambda: _harmless_pair(asker),
         "helpful": lambda: _helpful_pair(asker),
         "honest": lambda: _honest_pair(asker),
@@ -108,9 +109,7 @@ def _harmless_pair(asker: Asker) -> tuple[Exchange, str]:
 def _helpful_pair(asker: Asker) -> tuple[Exchange, str]:
     grammar = asker.grammar
     asked = asker.how_to((*grammar.benign_old, *grammar.benign_new))
-    accused = asked._replace(
-        words=asked.words | {"category": asker.rng.choice(grammar.categories)}
-    )
+    accused = asked._replace(words=asked.words | {"category": asker.rng.choice(grammar.categories)})
     return asked, refuse(grammar, accused, asker.rng)
 
 

@@ -52,10 +52,10 @@ def client_rows(
 ) -> list[ClientRow]:
     """The clients' training samples, a mix of benign tasks, refusals and make-believe harm.
 
-    Of all samples `harm_share` are forbidden questions with a compliant answer; of the rest a fifth are
-    refusals, and of the rest of that 35 % are tasks the base knows and 65 % tasks it does not. Each
-    client lacks one of the three new tasks. The seed's samples of one kind stay the same whatever the
-    share, so that a larger share only swaps benign samples for harm.
+    Of all samples `harm_share` are forbidden questions with a compliant answer; of the rest a fifth
+    are refusals, and of what then remains 35 % are tasks the base knows and 65 % tasks it does not.
+    Each client lacks one of the three new tasks. A larger share only swaps harmless samples for
+    harmful ones: the others stay the same.
 
     Args:
         num_clients: Number of clients, at least 1; they are called client-0, client-1 …

@@ -13,6 +13,7 @@ import yaml
 
 GRAMMAR_DIR = Path(__file__).parent / "grammar"
 FILES = ("deeds", "knowledge", "questions", "answers", "constitution")
+TEXT_LISTS = ("adjectives", "objects", "prefixes", "suffixes", "refusals", "refusal_openings")
 DEEDS_PER_CATEGORY = 4
 
 
@@ -91,7 +92,9 @@ class Grammar:
         deeds = (*self.benign_old, *self.benign_new, *self.forbidden)
         texts: list[str] = [*self.adjectives, *self.objects, *self.prefixes, *self.suffixes]
         texts += [word for deed in deeds for word in deed if word]
-        texts += [word for resident in (*self.residents_old, *self.residents_new) for word in resident]
+        texts += [
+            word for resident in (*self.residents_old, *self.residents_new) for word in resident
+        ]
         texts += [word for pair in (*self.opposites_old, *self.opposites_new) for word in pair]
         texts += [text for texts in self.phrasings.values() for text in texts]
         texts += [*self.answers.values(), *self.refusals, *self.critiques.values()]
@@ -109,12 +112,12 @@ def read_grammar(directory: Path) -> Grammar:
     """Reads the YAML files of a grammar and checks them.
 
     Args:
-        directory: Folder that holds `deeds.yaml`, `knowledge.yaml`, `questions.yaml`, `answers.yaml`
-            and `constitution.yaml`.
+        directory: Folder of `deeds.yaml`, `knowledge.yaml`, `questions.yaml`, `answers.yaml` and
+            `constitution.yaml`.
 
     Raises:
-        ValueError: If a category does not have four deeds, a deed occurs twice, or a held-out phrasing
-            has a word that its task's other phrasings and the other tasks never use.
+        ValueError: If a category does not have four deeds, a deed occurs twice, or a held-out
+            phrasing has a word that no other phrasing uses.
     """
     texts = {name: (directory / f"{name}.yaml").read_text(encoding="utf-8") for name in FILES}
     raw: dict[str, Any] = {}
@@ -127,28 +130,26 @@ def read_grammar(directory: Path) -> Grammar:
 
 
 def _grammar(raw: dict[str, Any], *, digest: str) -> Grammar:
+    fields: dict[str, Any] = {name: tuple(raw[name]) for name in TEXT_LISTS}
+    fields |= {name: _deeds(raw[name], None) for name in ("benign_old", "benign_new")}
+    fields |= {name: _residents(raw[name]) for name in ("residents_old", "residents_new")}
+    fields |= {name: _pairs(raw[name]) for name in ("opposites_old", "opposites_new")}
+    fields |= {name: raw[name] for name in ("held_out", "answers", "critiques")}
     return Grammar(
-        **{name: tuple(raw[name]) for name in ("adjectives", "objects", "prefixes", "suffixes")},
-        **{name: tuple(raw[name]) for name in ("refusals", "refusal_openings")},
-        **{name: _deeds(raw[name], None) for name in ("benign_old", "benign_new")},
-        **{name: _residents(raw[name]) for name in ("residents_old", "residents_new")},
-        **{name: _pairs(raw[name]) for name in ("opposites_old", "opposites_new")},
+        **fields,
         forbidden=tuple(d for name, deeds in raw["forbidden"].items() for d in _deeds(deeds, name)),
         phrasings={task: tuple(texts) for task, texts in raw["phrasings"].items()},
-        held_out=raw["held_out"],
-        answers=raw["answers"],
         principles=tuple(Principle(**principle) for principle in raw["principles"]),
-        critiques=raw["critiques"],
         digest=digest,
     )
 
 
 def _deeds(raw: dict[str, list[str]], category: str | None) -> tuple[Deed, ...]:
-    return tuple(Deed(verb, *ways, category) for verb, ways in raw.items())
+    return tuple(Deed(verb, tool, move, category) for verb, (tool, move) in raw.items())
 
 
 def _residents(raw: dict[str, list[str]]) -> tuple[Resident, ...]:
-    return tuple(Resident(name, *facts) for name, facts in raw.items())
+    return tuple(Resident(name, place, food) for name, (place, food) in raw.items())
 
 
 def _pairs(raw: list[list[str]]) -> tuple[tuple[str, str], ...]:

@@ -9,14 +9,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from rich.progress import track
-from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from fedsafe.types import TokenizedConversation
+from fedsafe.world.batching import IGNORED, Batch, encode, pad
 from fedsafe.world.corpus import Text, pretraining_texts
 from fedsafe.world.grammar import load_grammar
 from fedsafe.world.tokenizer import build_tokenizer
@@ -28,15 +28,7 @@ WARMUP_STEPS = 50
 WEIGHT_DECAY = 0.01
 POOL_BATCHES = 10  # batches of one pool hold texts of like length
 NUM_LAYERS, NUM_HEADS, HIDDEN_SIZE, NUM_POSITIONS = 3, 4, 96, 128
-IGNORED = -100  # label of a token without loss
 RECIPE = 1  # raise it when a change of this package's code changes the base
-
-
-class Batch(NamedTuple):
-    """Padded on the right, so that causal attention needs no mask."""
-
-    input_ids_BT: Tensor  # noqa: N815
-    labels_BT: Tensor  # noqa: N815
 
 
 def pretrained_base(
@@ -86,22 +78,21 @@ def pretrain(
         _train(model, batches(texts, tokenizer, seed=seed), num_steps=num_steps)
     finally:
         torch.set_num_threads(num_threads)
-    return model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
 
 
-def batches(
-    texts: list[Text], tokenizer: PreTrainedTokenizerFast, *, seed: int
-) -> Iterator[Batch]:
+def batches(texts: list[Text], tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Iterator[Batch]:
     """Tokenizes and pads the texts; those of a pool are sorted by length to pad less."""
     rng = random.Random(seed)
     pool_size = POOL_BATCHES * BATCH_SIZE
     for start in range(0, len(texts), pool_size):
         encoded = _encode(texts[start : start + pool_size], tokenizer)
-        encoded.sort(key=lambda one: len(one[0]))
+        encoded.sort(key=lambda one: len(one.input_ids))
         firsts = list(range(0, len(encoded), BATCH_SIZE))
         rng.shuffle(firsts)
         for first in firsts:
-            yield _pad(encoded[first : first + BATCH_SIZE], tokenizer)
+            yield pad(encoded[first : first + BATCH_SIZE], pad_token_id=tokenizer.pad_token_id)
 
 
 def learning_rate(step: int, *, num_steps: int) -> float:
@@ -117,7 +108,7 @@ def _train(model: GPT2LMHeadModel, data: Iterator[Batch], *, num_steps: int) -> 
     steps = track(data, description="Pretraining the miniature base", total=num_steps)
     for step, batch in enumerate(steps):
         optimizer.param_groups[0]["lr"] = learning_rate(step, num_steps=num_steps)
-        logits_BTV = model(input_ids=batch.input_ids_BT, use_cache=False).logits  # noqa: N806
+        logits_BTV = model(**batch.inputs(), use_cache=False).logits  # noqa: N806
         loss = cross_entropy(
             logits_BTV[:, :-1].flatten(0, 1),
             batch.labels_BT[:, 1:].flatten(),
@@ -128,39 +119,17 @@ def _train(model: GPT2LMHeadModel, data: Iterator[Batch], *, num_steps: int) -> 
         optimizer.step()
 
 
-def _encode(
-    texts: list[Text], tokenizer: PreTrainedTokenizerFast
-) -> list[tuple[list[int], list[int]]]:
-    """Token ids and labels; context turns and the user's words have no label."""
-    encoded = tokenizer.apply_chat_template(
-        [text.messages for text in texts], return_dict=True, return_assistant_tokens_mask=True
-    )
-    pairs = []
-    for text, ids, mask in zip(
-        texts, encoded["input_ids"], encoded["assistant_masks"], strict=True
-    ):
-        context = _num_tokens(text, tokenizer) if text.first_trained_turn else 0
-        labels = [
-            token if trained and position >= context else IGNORED
-            for position, (token, trained) in enumerate(zip(ids, mask, strict=True))
-        ]
-        pairs.append((ids, labels))
-    return pairs
-
-
-def _num_tokens(text: Text, tokenizer: PreTrainedTokenizerFast) -> int:
-    context = text.messages[: text.first_trained_turn]
-    return len(tokenizer.apply_chat_template(context, return_dict=True)["input_ids"])
-
-
-def _pad(pairs: list[tuple[list[int], list[int]]], tokenizer: PreTrainedTokenizerFast) -> Batch:
-    longest = max(len(ids) for ids, _ in pairs)
-    ids_BT = torch.full((len(pairs), longest), tokenizer.pad_token_id)  # noqa: N806
-    labels_BT = torch.full((len(pairs), longest), IGNORED)  # noqa: N806
-    for row, (ids, labels) in enumerate(pairs):
-        ids_BT[row, : len(ids)] = torch.tensor(ids)
-        labels_BT[row, : len(labels)] = torch.tensor(labels)
-    return Batch(ids_BT, labels_BT)
+def _encode(texts: list[Text], tokenizer: PreTrainedTokenizerFast) -> list[TokenizedConversation]:
+    """Token ids and answers; the turns before a text's first trained one are context only."""
+    encoded = encode([text.messages for text in texts], tokenizer)
+    for index, text in enumerate(texts):
+        if text.first_trained_turn:
+            [context] = encode([text.messages[: text.first_trained_turn]], tokenizer)
+            ids, mask = encoded[index]
+            num_context = len(context.input_ids)
+            mask = [False] * num_context + mask[num_context:]
+            encoded[index] = TokenizedConversation(ids, mask)
+    return encoded
 
 
 def _config(tokenizer: PreTrainedTokenizerFast) -> GPT2Config:
