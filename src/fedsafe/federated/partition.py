@@ -25,6 +25,9 @@ IntArray = NDArray[np.int64]
 _PARTITION_STREAM = 0x5041
 _VALIDATION_STREAM = 0x5641
 
+# Far beyond any use; some way above it, numpy's Dirichlet draws overflow and come out as zeros.
+_MAX_ALPHA = 1e9
+
 
 class SampleColumns(NamedTuple):
     """What a partitioner may look at: one entry per sample, never the text."""
@@ -155,8 +158,8 @@ class Dirichlet(Partitioner):
         min_samples: int = 1,
     ) -> None:
         """Check the values."""
-        if not (alpha > 0 and math.isfinite(alpha)):
-            raise ValueError(f"alpha is {alpha}; give a finite number above 0")
+        if not 0 < alpha <= _MAX_ALPHA:
+            raise ValueError(f"alpha is {alpha}; give a number above 0, at most {_MAX_ALPHA:g}")
         self.num_clients = _positive(num_clients, "num_clients")
         self.alpha = alpha
         self.by = by
