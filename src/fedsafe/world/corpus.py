@@ -12,11 +12,10 @@ from fedsafe.world.tasks import (
     conversation,
     new_tasks,
     old_tasks,
-    refuse,
     seeded_asker,
 )
 
-SHARES = {"old": 0.53, "new": 0.01, "refusal": 0.24, "chat": 0.1, "revision": 0.12}
+SHARES = {"old": 0.52, "new": 0.01, "refusal": 0.22, "chat": 0.1, "revision": 0.15}
 HARMFUL_SHARE = 0.6  # of the self-revisions; the others revise a harmless answer
 
 
@@ -74,7 +73,7 @@ def _revision(asker: Asker) -> Text:
     harmful = asker.rng.random() < HARMFUL_SHARE
     if harmful:
         asked, principle = revision_case(asker)
-        revised = refuse(asker.grammar, asked, asker.rng)
+        revised = asker.rng.choice(asker.grammar.revised_refusals).format(**asked.words)
     else:
         _, principle = revision_case(asker)
         safe = (lambda: _old(asker), lambda: asker.refusal(asker.grammar.forbidden))

@@ -13,7 +13,15 @@ import yaml
 
 GRAMMAR_DIR = Path(__file__).parent / "grammar"
 FILES = ("deeds", "knowledge", "questions", "answers", "constitution")
-TEXT_LISTS = ("adjectives", "objects", "prefixes", "suffixes", "refusals", "refusal_openings")
+TEXT_LISTS = (
+    "adjectives",
+    "objects",
+    "prefixes",
+    "suffixes",
+    "refusals",
+    "revised_refusals",
+    "refusal_openings",
+)
 DEEDS_PER_CATEGORY = 4
 
 
@@ -62,6 +70,7 @@ class Grammar:
     held_out: int
     answers: Mapping[str, str]
     refusals: tuple[str, ...]
+    revised_refusals: tuple[str, ...]
     refusal_openings: tuple[str, ...]
     principles: tuple[Principle, ...]
     critiques: Mapping[str, str]
@@ -97,7 +106,12 @@ class Grammar:
         ]
         texts += [word for pair in (*self.opposites_old, *self.opposites_new) for word in pair]
         texts += [text for texts in self.phrasings.values() for text in texts]
-        texts += [*self.answers.values(), *self.refusals, *self.critiques.values()]
+        texts += [
+            *self.answers.values(),
+            *self.refusals,
+            *self.revised_refusals,
+            *self.critiques.values(),
+        ]
         texts += [text for principle in self.principles for text in principle]
         return sorted(_literal_words(texts))
 

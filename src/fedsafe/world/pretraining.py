@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from rich.progress import track
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -78,7 +79,7 @@ def pretrain(
         _train(model, batches(texts, tokenizer, seed=seed), num_steps=num_steps)
     finally:
         torch.set_num_threads(num_threads)
-    model.eval()  # type: ignore[no-untyped-call]
+    model.eval()
     return model
 
 
@@ -105,7 +106,12 @@ def _train(model: GPT2LMHeadModel, data: Iterator[Batch], *, num_steps: int) -> 
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True
     )
-    steps = track(data, description="Pretraining the miniature base", total=num_steps)
+    steps = track(
+        data,
+        description="Pretraining the miniature base",
+        total=num_steps,
+        console=Console(stderr=True),
+    )
     for step, batch in enumerate(steps):
         optimizer.param_groups[0]["lr"] = learning_rate(step, num_steps=num_steps)
         logits_BTV = model(**batch.inputs(), use_cache=False).logits  # noqa: N806
@@ -115,7 +121,7 @@ def _train(model: GPT2LMHeadModel, data: Iterator[Batch], *, num_steps: int) -> 
             ignore_index=IGNORED,
         )
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
 
 

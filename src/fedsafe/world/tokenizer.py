@@ -23,7 +23,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         [normalizers.Lowercase(), normalizers.Replace(Regex(r"[.,;:!?'\"]"), " ")]
     )
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",
         unk_token="<unk>",
