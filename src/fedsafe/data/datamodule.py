@@ -1,0 +1,297 @@
+"""`FederatedDataModule`: from files of conversations to the packed batches of each visit."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_only
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import PreTrainedTokenizerBase
+
+from fedsafe.data.chat import ensure_chat_template
+from fedsafe.data.packing import Pack, TrainingBatch, pack, pack_batch, split_by_budget
+from fedsafe.data.sources import load_samples
+from fedsafe.data.tokenizer import load_tokenizer, train_tokenizer
+from fedsafe.data.tokens import TokenStore, tokenize_samples
+from fedsafe.federated.partition import (
+    IID,
+    PartitionRow,
+    Partition,
+    Partitioner,
+    SampleColumns,
+    partition_rows,
+    validation_split,
+)
+from fedsafe.federated.schedule import BatchKey, RoundPlan, Schedule, Visit
+
+GLOBAL_ADAPTER = -1
+_EVALUATION_TOKENS = 8192
+
+
+@dataclass
+class EvaluationBatch(Pack):
+    """A pack of validation or test samples.
+
+    Attributes:
+        client: Whose adapter to evaluate; `GLOBAL_ADAPTER` for the server's.
+    """
+
+    client: int
+
+
+class FederatedDataModule(LightningDataModule):
+    """Conversations, split over clients, tokenised once and served as packed batches.
+
+    `FederatedRounds` says which visits a round has, by setting `schedule` and `position`.
+
+    Args:
+        path: Files (`.jsonl`, `.json`, `.csv`, `.parquet`) or hub names of the conversations.
+        partition: How the samples are split over clients.
+        tokenizer: Hub name or folder of the tokenizer; None takes the model's own.
+        train_tokenizer: Size of the vocabulary of a tokenizer trained on the conversations; None trains none.
+        batch_size: Samples of one optimizer step.
+        max_length: Tokens kept of a sample, from its start.
+        validation_share: Share of all samples held out from every client for validation, 0 to below 1.
+        test_path: Files or hub names of test conversations, for `fedsafe test`.
+        split: Split of the data sets that are read from the hub.
+        on_bad_row: Stop at a bad row, or skip it and list it in `rejected.jsonl` of the run directory.
+        num_workers: Processes that prepare batches; 0 prepares them in the training process.
+        seed: Seed of the partition and of the validation split.
+    """
+
+    def __init__(  # noqa: PLR0913
+        self,
+        path: str | list[str],
+        partition: Partitioner | None = None,
+        tokenizer: str | None = None,
+        train_tokenizer: int | None = None,
+        batch_size: int = 16,
+        max_length: int = 512,
+        validation_share: float = 0.05,
+        test_path: str | list[str] | None = None,
+        split: str = "train",
+        on_bad_row: Literal["error", "skip"] = "error",
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if tokenizer is not None and train_tokenizer is not None:
+            raise ValueError(
+                f"give tokenizer or train_tokenizer, not both; got {tokenizer!r} and {train_tokenizer}"
+            )
+        self.path = path
+        self.partitioner = partition if partition is not None else IID(num_clients=10)
+        self.tokenizer_name = tokenizer
+        self.train_tokenizer = train_tokenizer
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.validation_share = validation_share
+        self.test_path = test_path
+        self.split = split
+        self.on_bad_row = on_bad_row
+        self.num_workers = num_workers
+        self.seed = seed
+        self.schedule: Schedule | None = None
+        self.position = (0, 0)
+        """Round, and batches of it that are done; where `train_dataloader` begins."""
+        self.validated_clients: Sequence[int] = (GLOBAL_ADAPTER,)
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._store: TokenStore | None = None
+        self._partition: Partition | None = None
+        self._validation: np.ndarray[Any, np.dtype[np.int64]] = np.zeros(0, dtype=np.int64)
+        self._labels: list[str | None] = []
+
+    # ---- what others read -------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, with a chat template."""
+        assert self._tokenizer is not None, "setup has not run yet"
+        return self._tokenizer
+
+    @property
+    def partition(self) -> Partition:
+        """Which training samples belong to which client."""
+        assert self._partition is not None, "setup has not run yet"
+        return self._partition
+
+    @property
+    def store(self) -> TokenStore:
+        """All samples, tokenised."""
+        assert self._store is not None, "setup has not run yet"
+        return self._store
+
+    @property
+    def num_validation_samples(self) -> int:
+        """Samples held out from every client."""
+        return len(self._validation)
+
+    def client_rows(self) -> list[PartitionRow]:
+        """Samples, tokens and harmful share of each client, for a table."""
+        return partition_rows(self.partition, lengths=self.store.lengths, labels=self._labels)
+
+    def answer_tokens(self, client: int) -> int:
+        """Answer tokens that a client holds."""
+        return int(self.store.answer_counts[self.partition.samples_of(client)].sum())
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that a resumed run must share with the run it resumes."""
+        return {
+            "data.partition": self.partition.digest(),
+            "data.tokens": int(self.store.lengths.sum()),
+            "data.batch_size": self.batch_size,
+            "data.max_length": self.max_length,
+            "data.seed": self.seed,
+        }
+
+    # ---- Lightning's hooks ------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Read, check and tokenise on one process; the others find the result in the cache."""
+        self._load()
+
+    def setup(self, stage: str) -> None:
+        """Load the tokens and split them over the clients."""
+        self._load()
+
+    def train_dataloader(self) -> DataLoader[TrainingBatch]:
+        """The rest of the current round's batches."""
+        if self.schedule is None:
+            raise ValueError(
+                "there is no schedule of visits; add FederatedRounds to the Trainer's callbacks"
+            )
+        round_, done = self.position
+        return self._visits_loader(self.schedule.plan(round_), done=done)
+
+    def client_dataloader(self, visit: Visit) -> DataLoader[TrainingBatch]:
+        """The batches of one visit alone, for a client of a real federation."""
+        assert self.schedule is not None, "a client needs the schedule of the federation"
+        return self._visits_loader(RoundPlan(self.schedule, visit.round, [visit]), done=0)
+
+    def val_dataloader(self) -> DataLoader[EvaluationBatch] | list[Any]:
+        """The held-out samples, in packs; once for each adapter to validate."""
+        if not len(self._validation):
+            return []
+        lengths = self.store.lengths[self._validation]
+        groups = split_by_budget(lengths, max_tokens=_EVALUATION_TOKENS)
+        packs = [
+            (client, self._validation[group])
+            for client in self.validated_clients
+            for group in groups
+        ]
+        return DataLoader(_EvaluationPacks(self.store, packs), batch_size=None)
+
+    def test_dataloader(self) -> DataLoader[EvaluationBatch]:
+        """The test samples, in packs.
+
+        Raises:
+            ValueError: If `test_path` was not given.
+        """
+        if self.test_path is None:
+            raise ValueError("there are no test conversations; give --data.test_path")
+        samples = load_samples(self.test_path, split=self.split, on_bad_row=self.on_bad_row)
+        store = TokenStore(tokenize_samples(samples, self.tokenizer, max_length=self.max_length))
+        groups = split_by_budget(store.lengths, max_tokens=_EVALUATION_TOKENS)
+        packs = [(GLOBAL_ADAPTER, np.asarray(group)) for group in groups]
+        return DataLoader(_EvaluationPacks(store, packs), batch_size=None)
+
+    # ---- steps ------------------------------------------------------------------------------------------------
+
+    def _load(self) -> None:
+        if self._store is not None:
+            return
+        rejected = self._rejected_file()
+        samples = load_samples(
+            self.path, split=self.split, on_bad_row=self.on_bad_row, rejected=rejected
+        )
+        self._tokenizer = self._make_tokenizer(
+            turn["content"] for row in samples for turn in row["messages"]
+        )
+        tokens = tokenize_samples(
+            samples, self._tokenizer, max_length=self.max_length, rejected=rejected
+        )
+        train, self._validation = validation_split(
+            len(tokens), share=self.validation_share, seed=self.seed
+        )
+        part = tokens.select(train)
+        columns = SampleColumns(len(train), part["client"], part["label"], part["category"])
+        partition = self.partitioner(columns, seed=self.seed)
+        self._partition = replace(partition, order=train[partition.order])
+        self._labels = tokens["label"]
+        self._store = TokenStore(tokens)
+
+    def _make_tokenizer(self, texts: Iterator[str]) -> PreTrainedTokenizerBase:
+        if self.train_tokenizer is not None:
+            tokenizer: PreTrainedTokenizerBase = train_tokenizer(
+                texts, vocab_size=self.train_tokenizer
+            )
+        else:
+            tokenizer = load_tokenizer(self.tokenizer_name or self._base_name())
+        ensure_chat_template(tokenizer)
+        return tokenizer
+
+    def _base_name(self) -> str:
+        if self.trainer is None:
+            raise ValueError(
+                "there is no model to take the tokenizer from; give tokenizer or train_tokenizer"
+            )
+        return str(self.trainer.lightning_module.hparams["base"])
+
+    def _rejected_file(self) -> Path | None:
+        """Where to list rejected samples: in the run directory, afresh, by one process."""
+        if self.trainer is None or rank_zero_only.rank != 0:
+            return None
+        file = Path(self.trainer.default_root_dir) / "rejected.jsonl"
+        file.unlink(missing_ok=True)
+        return file
+
+    def _visits_loader(self, plan: RoundPlan, *, done: int) -> DataLoader[TrainingBatch]:
+        return DataLoader(
+            _TrainingPacks(self.store),
+            sampler=_RestOfRound(plan, done=done),
+            batch_size=None,
+            num_workers=self.num_workers,
+        )
+
+
+class _RestOfRound(Sampler[BatchKey]):
+    """Batches of a round from number `done` on.
+
+    Its length is the whole round's: Lightning restores its own counter of batches and compares it with the length.
+    """
+
+    def __init__(self, plan: RoundPlan, *, done: int) -> None:
+        self.plan = plan
+        self.done = done
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __iter__(self) -> Iterator[BatchKey]:
+        return self.plan.batches(start=self.done)
+
+
+class _TrainingPacks(Dataset[TrainingBatch]):
+    def __init__(self, store: TokenStore) -> None:
+        self.store = store
+
+    def __getitem__(self, key: BatchKey) -> TrainingBatch:
+        return pack_batch(self.store, key)
+
+
+class _EvaluationPacks(Dataset[EvaluationBatch]):
+    def __init__(self, store: TokenStore, packs: Sequence[tuple[int, Any]]) -> None:
+        self.store = store
+        self.packs = packs
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def __getitem__(self, index: int) -> EvaluationBatch:
+        client, samples = self.packs[index]
+        return EvaluationBatch(
+            **vars(pack([self.store[i] for i in samples.tolist()])), client=client
+        )

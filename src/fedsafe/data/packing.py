@@ -1,0 +1,113 @@
+"""Samples end to end in one row: no padding, and no sample sees another.
+
+The boundaries travel with the batch as segment lengths; `model.attention` attends within segments, so the cost is
+linear in the number of samples and nothing depends on a mask being detected somewhere.
+
+Shapes: T tokens of the pack, N tokens with a loss.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedsafe.data.tokens import TokenStore
+from fedsafe.federated.schedule import BatchKey
+
+
+@dataclass
+class Pack:
+    """Samples laid end to end.
+
+    Attributes:
+        input_ids: Token ids, shape ``(1, T)``, int64.
+        position_ids: Position inside the sample, from 0, shape ``(1, T)``, int64.
+        segment_lengths: Tokens of each sample, in order; they sum to T.
+        predictors: Positions whose next token the loss is computed on, shape ``(N,)``, int64.
+        targets: Those next tokens, shape ``(N,)``, int64.
+        target_counts: Number of targets of each sample, in order; they sum to N.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    segment_lengths: list[int]
+    predictors: Tensor
+    targets: Tensor
+    target_counts: list[int]
+
+
+@dataclass
+class TrainingBatch(Pack):
+    """A pack and its place in the run.
+
+    Attributes:
+        key: Round, visit, client and step.
+        normalizer: Answer tokens of the whole optimizer step; the step's loss is the sum over them, divided by it.
+    """
+
+    key: BatchKey
+    normalizer: int
+
+
+def pack(samples: Sequence[tuple[NDArray[np.int32], NDArray[np.bool_]]]) -> Pack:
+    """Lay samples end to end.
+
+    Args:
+        samples: ``(input_ids, answer_mask)`` of each sample. None at all gives a pack of one token without a loss,
+            so that every part of a step has a forward and a backward pass.
+    """
+    lengths = [len(ids) for ids, _ in samples]
+    if not samples:
+        samples = [(np.zeros(1, dtype=np.int32), np.zeros(1, dtype=np.bool_))]
+        lengths = [1]
+    ids = np.concatenate([ids for ids, _ in samples]).astype(np.int64)
+    mask = np.concatenate([_targets(answers) for _, answers in samples])
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    targets = np.flatnonzero(mask)
+    return Pack(
+        input_ids=torch.from_numpy(ids)[None],
+        position_ids=torch.from_numpy(positions)[None],
+        segment_lengths=lengths,
+        predictors=torch.from_numpy(targets - 1),
+        targets=torch.from_numpy(ids[targets]),
+        target_counts=[int(np.count_nonzero(answers[1:])) for _, answers in samples],
+    )
+
+
+def pack_batch(store: TokenStore, key: BatchKey) -> TrainingBatch:
+    """The training batch for `key`."""
+    packed = pack([store[index] for index in key.samples.tolist()])
+    normalizer = sum(count_targets(store, index) for index in key.step_samples.tolist())
+    return TrainingBatch(**vars(packed), key=key, normalizer=normalizer)
+
+
+def count_targets(store: TokenStore, index: int) -> int:
+    """Tokens of one sample that the loss is computed on."""
+    return int(np.count_nonzero(store[index][1][1:]))
+
+
+def split_by_budget(lengths: NDArray[np.int32], *, max_tokens: int) -> list[list[int]]:
+    """Group samples, longest first, so that a group holds at most `max_tokens` tokens (or a single sample).
+
+    Sorting puts samples of one length together; a group's cost is then close to its number of tokens.
+    """
+    groups: list[list[int]] = []
+    room = 0
+    for index in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[index])
+        if not groups or length > room:
+            groups.append([])
+            room = max_tokens
+        groups[-1].append(index)
+        room -= length
+    return groups
+
+
+def _targets(answer_mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The answer mask without a sample's first token, which nothing predicts."""
+    targets = answer_mask.copy()
+    targets[:1] = False
+    return targets

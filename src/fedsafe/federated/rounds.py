@@ -1,0 +1,344 @@
+"""`FederatedRounds`: one Lightning epoch is one federated round, clients at boundaries inside it.
+
+The round, as in McMahan et al. (2017), Algorithm 1 (https://arxiv.org/abs/1602.05629):
+
+    for each round t:
+        S_t = sampled clients
+        for each client k in S_t:  w_k = local training from x_t     (batches of the epoch)
+        x_{t+1} = server optimizer(x_t, sum_k n_k w_k / sum_k n_k)   (before validation)
+"""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+from fedsafe.data.datamodule import GLOBAL_ADAPTER, EvaluationBatch, FederatedDataModule
+from fedsafe.data.packing import TrainingBatch
+from fedsafe.federated.client_drift import ClientDrift
+from fedsafe.federated.local_training import LocalTraining
+from fedsafe.federated.partition import Partition
+from fedsafe.federated.round_log import RoundLog
+from fedsafe.federated.schedule import RoundPlan, Schedule
+from fedsafe.federated.server import Server
+from fedsafe.federated.server_optimizer import FedAvg, ServerOptimizer
+from fedsafe.model.adapter import save_adapter
+from fedsafe.model.lora import save_random_base
+from fedsafe.model.module import LoraLM, refuse_difference
+
+
+class FederatedRounds(Callback):
+    """Makes a fit of `LoraLM` on a `FederatedDataModule` federated: local training, then the server.
+
+    `max_epochs` of the Trainer is the number of rounds.
+
+    Args:
+        clients_per_round: Clients sampled each round: a number, or a share of all below 1.
+        local_steps: Optimizer steps of a visit; give this or `local_epochs`.
+        local_epochs: Passes over a client's samples in a visit.
+        mode: `federated`; `local` never averages, each client goes on alone; `central` puts all
+            samples in one client, whose optimizer is kept, with as many steps a round as the
+            federation takes.
+        weighting: What a client's weight in the mean is: its samples, its answer tokens, or 1.
+        server_optimizer: What the server does with the clients' mean.
+        client_drift: Correction of local gradients against client drift; None is none.
+        failure_probability: Chance that a sampled client fails and returns nothing, 0 to 1.
+        seed: Seed of the sampled clients, of their batches' order and of failures.
+    """
+
+    def __init__(  # noqa: PLR0913
+        self,
+        clients_per_round: int | float = 2,
+        local_steps: int | None = None,
+        local_epochs: int | None = None,
+        mode: Literal["federated", "local", "central"] = "federated",
+        weighting: Literal["samples", "tokens", "uniform"] = "samples",
+        server_optimizer: ServerOptimizer | None = None,
+        client_drift: ClientDrift | None = None,
+        failure_probability: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        if mode != "federated" and (server_optimizer is not None or client_drift is not None):
+            raise ValueError(
+                f"mode {mode!r} has no federated server; leave server_optimizer and client_drift out"
+            )
+        if local_steps is None and local_epochs is None:
+            local_epochs = 1
+        self.clients_per_round = clients_per_round
+        self.local_steps = local_steps
+        self.local_epochs = local_epochs
+        self.mode = mode
+        self.weighting = weighting
+        self.server_optimizer = server_optimizer if server_optimizer is not None else FedAvg()
+        self.client_drift = client_drift
+        self.failure_probability = failure_probability
+        self.seed = seed
+        self._resumed: dict[str, Any] | None = None
+        self._local: LocalTraining | None = None
+        self._row: dict[str, Any] | None = None
+        self._elapsed = 0.0
+
+    # ---- the round ----------------------------------------------------------------------------
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: TrainingBatch, batch_idx: int
+    ) -> None:
+        """Begin a visit: the client gets the global adapter and a fresh optimizer."""
+        self._batch_started = time.perf_counter()
+        client = batch.key.client
+        if self._local is None:
+            self._local = LocalTraining(
+                self._adapter, trainer.optimizers[0], self.server.correction_for(client)
+            )
+        if batch.key.starts_visit:
+            fresh = self.mode != "central" or batch.key.round == 0
+            self._local.begin(self.server.start_of(client), fresh_optimizer=fresh)
+        elif self._resumed is not None:
+            self._local.load_state_dict(self._resumed["local"])
+        self._resumed = None
+        self.progress = (
+            f"round {batch.key.round + 1}/{batch.key.num_rounds} · "
+            f"client {batch.key.visit + 1}/{len(self._plan.visits)}"
+        )
+
+    def on_before_optimizer_step(self, *args: Any) -> None:
+        """Correct the gradients against client drift."""
+        assert self._local is not None
+        self._local.correct_gradients()
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: TrainingBatch,
+        batch_idx: int,
+    ) -> None:
+        """End a visit: the server takes its update. After the last one, end the round."""
+        assert self._local is not None
+        self._local.record(outputs["nll_sum"], num_tokens=len(batch.targets))
+        self._batches_done += 1
+        if batch.key.ends_visit:
+            self._end_visit(batch.key.client)
+        self._elapsed += time.perf_counter() - self._batch_started
+        if self._batches_done == len(self._plan):
+            self._end_round()
+        self._data.position = (self._round, self._batches_done)
+
+    def _end_visit(self, client: int) -> None:
+        assert self._local is not None
+        self.server.receive(
+            client,
+            self._local.finish(),
+            name=self._partition.names[client],
+            weight=self._weight(client),
+            correction=self._local.correction,
+        )
+        self._local = None
+
+    def _end_round(self) -> None:
+        for visit in self._plan.visits:
+            if visit.failed:
+                self.server.note_failure(self._partition.names[visit.client])
+        record = self.server.close_round(num_clients=len(self._partition))
+        self._adapter.write(self.server.adapter)
+        self._row = {"round": self._round + 1, **record, "seconds": round(self._elapsed, 3)}
+        if self.mode == "local":
+            self._data.validated_clients = [v.client for v in self._plan.visits if not v.failed]
+        self._elapsed = 0.0
+        self._go_to(self._round + 1, batches_done=0)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the round down, with what validation measured, and its adapter."""
+        if self._row is None:
+            return
+        pl_module.log("train/loss", self._row["loss"], prog_bar=True)
+        measured = {
+            name: value.item()
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith("val/")
+        }
+        self._save_adapters(trainer, pl_module)
+        self._write_row(measured)
+
+    def _write_row(self, measured: dict[str, float]) -> None:
+        assert self._row is not None
+        if rank_zero_only.rank == 0:
+            self._log.append({**self._row, **measured})
+        self._row = None
+
+    # ---- the isolated clients of mode `local` ---------------------------------------------------
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: EvaluationBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Load the adapter that the batch is for; without averaging each client has its own."""
+        if batch.client != GLOBAL_ADAPTER:
+            self._adapter.write(self.server.start_of(batch.client))
+
+    # ---- setting up -----------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Plan the run, and refuse a Trainer under which rounds would go wrong silently."""
+        if stage != "fit":
+            return
+        _check_trainer(trainer, pl_module)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, FederatedDataModule)
+        self._data = data
+        self._partition = _merged(data.partition) if self.mode == "central" else data.partition
+        self._schedule = self._make_schedule(trainer)
+        data.schedule = self._schedule
+        self._log = RoundLog(Path(trainer.default_root_dir) / "rounds.jsonl")
+        self._go_to(0, batches_done=0)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the server, from the fresh adapter or from the checkpoint."""
+        assert isinstance(pl_module, LoraLM)
+        self._adapter = pl_module.flat_adapter()
+        self.server = Server(
+            self._adapter.read(),
+            optimizer=self.server_optimizer,
+            drift=self.client_drift,
+            isolated=self.mode == "local",
+        )
+        if self._resumed is not None:
+            self.server.load_state_dict(self._resumed["server"])
+        if rank_zero_only.rank == 0:
+            finished = self._round - (self._row is not None)
+            self._log.keep(finished)
+            if pl_module.hparams["from_config"] is not None:  # a base that exists nowhere else
+                folder = Path(trainer.default_root_dir) / "base"
+                save_random_base(pl_module.peft_model, folder)
+                self._data.tokenizer.save_pretrained(folder)
+        if self._row is not None:  # killed between the round's last batch and its end
+            self._write_row({})
+
+    def _make_schedule(self, trainer: Trainer) -> Schedule:
+        sampled = self._num_sampled(len(self._data.partition))
+        central = self.mode == "central"
+        steps = self.local_steps
+        if central and steps is not None:
+            steps *= sampled
+        assert trainer.max_epochs is not None
+        return Schedule(
+            partition=self._partition,
+            num_rounds=trainer.max_epochs,
+            clients_per_round=1 if central else sampled,
+            batch_size=self._data.batch_size,
+            local_steps=steps,
+            local_epochs=self.local_epochs,
+            num_micro=trainer.accumulate_grad_batches,
+            failure_probability=self.failure_probability,
+            seed=self.seed,
+        )
+
+    def _num_sampled(self, num_clients: int) -> int:
+        """Clients per round as a number."""
+        if isinstance(self.clients_per_round, float) and self.clients_per_round < 1:
+            return max(1, round(self.clients_per_round * num_clients))
+        if self.clients_per_round != int(self.clients_per_round):
+            raise ValueError(
+                f"clients_per_round is {self.clients_per_round}; give a whole number of clients, "
+                "or a share below 1"
+            )
+        return int(self.clients_per_round)
+
+    def _weight(self, client: int) -> float:
+        if self.weighting == "uniform":
+            return 1.0
+        samples = self._partition.samples_of(client)
+        if self.weighting == "samples":
+            return float(len(samples))
+        return float(self._data.store.answer_counts[samples].sum())
+
+    def _go_to(self, round_: int, *, batches_done: int) -> None:
+        self._round, self._batches_done = round_, batches_done
+        self._plan: RoundPlan = self._schedule.plan(round_)
+        self._data.position = (round_, batches_done)
+
+    # ---- checkpoints ------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The server, and where the run stands."""
+        return {
+            "identity": self._identity(),
+            "round": self._round,
+            "batches_done": self._batches_done,
+            "server": self.server.state_dict(),
+            "local": self._local.state_dict() if self._local is not None else None,
+            "row": self._row,
+            "elapsed": self._elapsed,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Position the data at once; the server follows when the model is on its device."""
+        refuse_difference(state_dict["identity"], self._identity())
+        self._resumed = state_dict
+        self._row = state_dict["row"]
+        self._elapsed = state_dict["elapsed"]
+        self._go_to(state_dict["round"], batches_done=state_dict["batches_done"])
+
+    def _identity(self) -> dict[str, Any]:
+        """The settings that a resumed run must share with the run it resumes."""
+        names = ("clients_per_round", "local_steps", "local_epochs", "mode", "weighting", "seed")
+        rules = (type(self.server_optimizer).__name__, type(self.client_drift).__name__)
+        return {
+            **self._data.identity(),
+            **{f"federated.{name}": getattr(self, name) for name in names},
+            "federated.algorithm": "+".join(rules),
+        }
+
+    # ---- files --------------------------------------------------------------------------------------
+
+    def _save_adapters(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the new global adapter, or in mode `local` those of the round's clients."""
+        assert isinstance(pl_module, LoraLM)
+        if rank_zero_only.rank != 0:
+            return
+        run_dir = Path(trainer.default_root_dir)
+        if self.mode != "local":
+            self._save_adapter(pl_module, run_dir / "adapter")
+            return
+        for client in self._data.validated_clients:
+            self._adapter.write(self.server.start_of(client))
+            self._save_adapter(pl_module, run_dir / "adapters" / self._partition.names[client])
+
+    def _save_adapter(self, module: LoraLM, folder: Path) -> None:
+        """An adapter and its tokenizer."""
+        if not folder.exists():
+            self._data.tokenizer.save_pretrained(folder)
+        save_adapter(module.peft_model, folder)
+
+
+def _merged(partition: Partition) -> Partition:
+    """One client with everything."""
+    return replace(partition, offsets=np.array([0, len(partition.order)]), names=("everyone",))
+
+
+def _check_trainer(trainer: Trainer, module: LightningModule) -> None:
+    """Each of these would train something else than asked for, without a sign of it."""
+    if not isinstance(module, LoraLM):
+        raise ValueError(f"FederatedRounds trains a LoraLM; got {type(module).__name__}")
+    if not isinstance(trainer.datamodule, FederatedDataModule):  # type: ignore[attr-defined]
+        raise ValueError("FederatedRounds needs a FederatedDataModule; give datamodule=… to fit")
+    wanted = {"reload_dataloaders_every_n_epochs": 1, "limit_train_batches": 1.0}
+    for name, value in wanted.items():
+        if getattr(trainer, name) != value:
+            raise ValueError(
+                f"Trainer({name}={getattr(trainer, name)!r}): rounds need {name}={value!r}, "
+                "otherwise they would train on the wrong batches"
+            )
+    if trainer.max_epochs is None or trainer.max_epochs < 1:
+        raise ValueError(
+            f"max_epochs is {trainer.max_epochs}; it is the number of rounds, give >= 1"
+        )

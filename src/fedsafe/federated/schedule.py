@@ -1,0 +1,209 @@
+"""Who trains in round t, and on which samples: pure functions of (seed, round, client).
+
+Nothing here depends on what was drawn before, so a resumed run, a run with the clients in another order and a
+client on another machine all draw the same samples.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsafe.federated.partition import Partition
+
+
+class Stream(IntEnum):
+    """What a draw is for; one independent random stream each."""
+
+    CLIENTS = 1
+    FAILURE = 2
+    SAMPLES = 3
+    DROPOUT = 4
+
+
+def random_stream(stream: Stream, *key: int) -> np.random.Generator:
+    """Independent generator for one purpose and one key, usually ``(seed, round, client)``."""
+    return np.random.default_rng([stream, *key])
+
+
+class Visit(NamedTuple):
+    """One client's local training inside a round."""
+
+    round: int
+    index: int
+    """Position among the round's visits, from 0."""
+    client: int
+    num_steps: int
+    """Optimizer steps; 0 for a client that fails."""
+    failed: bool
+
+
+class BatchKey(NamedTuple):
+    """Everything that decides one batch: which samples, and where in the run it stands."""
+
+    round: int
+    num_rounds: int
+    visit: int
+    client: int
+    step: int
+    """Optimizer step inside the visit, from 0."""
+    num_steps: int
+    micro: int
+    """Part of the step, from 0, where gradients are accumulated."""
+    num_micro: int
+    samples: NDArray[np.int64]
+    """Samples of this batch, shape (num_samples,); may be empty when a step has fewer samples than parts."""
+    step_samples: NDArray[np.int64]
+    """Samples of the whole optimizer step; the loss is their mean over answer tokens."""
+
+    @property
+    def starts_visit(self) -> bool:
+        """Whether this is the first batch of its visit."""
+        return self.step == 0 and self.micro == 0
+
+    @property
+    def ends_visit(self) -> bool:
+        """Whether the visit's last optimizer step follows this batch."""
+        return self.step == self.num_steps - 1 and self.micro == self.num_micro - 1
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """The visits of one round, in order, and their batches."""
+
+    schedule: "Schedule"
+    round: int
+    visits: list[Visit]
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """Batches up to and including each visit."""
+        return list(accumulate(v.num_steps * self.schedule.num_micro for v in self.visits))
+
+    def __len__(self) -> int:
+        """Number of batches in the round."""
+        return self._ends[-1] if self._ends else 0
+
+    def batches(self, *, start: int = 0) -> Iterator[BatchKey]:
+        """The round's batches from number `start` on, without drawing the ones before."""
+        for visit, end in zip(self.visits, self._ends, strict=True):
+            if start < end:
+                begin = end - visit.num_steps * self.schedule.num_micro
+                yield from self.schedule.batches_of(visit, start=max(0, start - begin))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The plan of a whole run; planning a round costs the same for ten and for a million clients.
+
+    Args:
+        partition: Which samples belong to which client.
+        num_rounds: Rounds of the run, >= 1.
+        clients_per_round: Clients sampled without replacement each round, 1 to ``len(partition)``.
+        batch_size: Samples of one optimizer step, >= 1.
+        local_steps: Optimizer steps of a visit; the samples are reshuffled whenever all were seen. Give this or
+            `local_epochs`.
+        local_epochs: Passes over the client's samples in a visit; the last batch of a pass may be smaller.
+        num_micro: Parts that each optimizer step is split into (gradient accumulation).
+        failure_probability: Chance that a sampled client fails and returns nothing, 0 to 1.
+        seed: Seed of every draw.
+
+    Raises:
+        ValueError: If a number is out of range, or not exactly one of `local_steps` and `local_epochs` is given.
+    """
+
+    partition: Partition
+    num_rounds: int
+    clients_per_round: int
+    batch_size: int
+    local_steps: int | None = None
+    local_epochs: int | None = None
+    num_micro: int = 1
+    failure_probability: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what the user chose."""
+        if not 1 <= self.clients_per_round <= len(self.partition):
+            raise ValueError(
+                f"clients_per_round is {self.clients_per_round}, but there are {len(self.partition)} clients; "
+                f"choose 1 to {len(self.partition)}"
+            )
+        if (self.local_steps is None) == (self.local_epochs is None):
+            raise ValueError(
+                f"give local_steps or local_epochs, not both or none; got local_steps={self.local_steps} and "
+                f"local_epochs={self.local_epochs}"
+            )
+        for name in ("num_rounds", "batch_size", "local_steps", "local_epochs", "num_micro"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; give 1 or more")
+        if not 0 <= self.failure_probability <= 1:
+            raise ValueError(f"failure_probability is {self.failure_probability}; give 0 to 1")
+
+    def plan(self, round_: int) -> RoundPlan:
+        """The visits of round `round_` (from 0), clients in ascending order.
+
+        The set is drawn first and then sorted, so that the order of visits carries no randomness of its own.
+        """
+        rng = random_stream(Stream.CLIENTS, self.seed, round_)
+        clients = sorted(
+            rng.choice(len(self.partition), self.clients_per_round, replace=False).tolist()
+        )
+        visits = [self._visit(round_, index, client) for index, client in enumerate(clients)]
+        return RoundPlan(self, round_, visits)
+
+    def _visit(self, round_: int, index: int, client: int) -> Visit:
+        failed = False
+        if self.failure_probability > 0:
+            draw = random_stream(Stream.FAILURE, self.seed, round_, client).random()
+            failed = draw < self.failure_probability
+        return Visit(round_, index, client, 0 if failed else self.num_steps(client), failed)
+
+    def num_steps(self, client: int) -> int:
+        """Optimizer steps of one visit to `client`."""
+        if self.local_steps is not None:
+            return self.local_steps
+        assert self.local_epochs is not None
+        return self.local_epochs * -(-len(self.partition.samples_of(client)) // self.batch_size)
+
+    def batches_of(self, visit: Visit, *, start: int = 0) -> Iterator[BatchKey]:
+        """The batches of one visit from number `start` on."""
+        for number in range(start, visit.num_steps * self.num_micro):
+            step, micro = divmod(number, self.num_micro)
+            step_samples = self._samples_of_step(visit, step)
+            yield BatchKey(
+                round=visit.round,
+                num_rounds=self.num_rounds,
+                visit=visit.index,
+                client=visit.client,
+                step=step,
+                num_steps=visit.num_steps,
+                micro=micro,
+                num_micro=self.num_micro,
+                samples=step_samples[micro :: self.num_micro],
+                step_samples=step_samples,
+            )
+
+    def _samples_of_step(self, visit: Visit, step: int) -> NDArray[np.int64]:
+        """Samples of one optimizer step: a slice of an endless stream of shuffled passes."""
+        size = len(self.partition.samples_of(visit.client))
+        if self.local_epochs is not None:
+            steps_per_epoch = -(-size // self.batch_size)
+            epoch, position = divmod(step, steps_per_epoch)
+            begin = position * self.batch_size
+            return self._shuffled(visit, epoch)[begin : begin + self.batch_size]
+        begin, end = step * self.batch_size, (step + 1) * self.batch_size
+        passes = [self._shuffled(visit, epoch) for epoch in range(begin // size, -(-end // size))]
+        offset = begin // size * size
+        return np.concatenate(passes)[begin - offset : end - offset]
+
+    def _shuffled(self, visit: Visit, epoch: int) -> NDArray[np.int64]:
+        """The client's samples in the order of one local epoch."""
+        rng = random_stream(Stream.SAMPLES, self.seed, visit.round, visit.client, epoch)
+        return rng.permutation(self.partition.samples_of(visit.client))

@@ -1,0 +1,197 @@
+"""The server of a federation: the global adapter, and how a round's updates change it.
+
+Knows nothing of models, data or Lightning; updates come in one by one and are not kept.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedsafe.federated.aggregation import (
+    RefusedUpdateError,
+    WeightedMean,
+    cosines_to_mean,
+    sketch,
+    sketch_signs,
+)
+from fedsafe.federated.client_drift import ClientDrift, Correction
+from fedsafe.federated.server_optimizer import ServerOptimizer
+
+BYTES_PER_VALUE = 4
+"""Adapters travel as float32."""
+
+
+class Update(NamedTuple):
+    """What a client gives back after a visit."""
+
+    adapter: Tensor
+    """Its trained adapter, flat float32, shape ``(num_params,)``."""
+    loss: float
+    """Mean loss over the answer tokens trained on, nats; before each step."""
+    num_steps: int
+    num_tokens: int
+    """Answer tokens trained on."""
+
+
+class Server:
+    """Holds the global adapter and aggregates one round at a time.
+
+    Args:
+        start: Initial adapter, flat float32, shape ``(num_params,)``.
+        optimizer: What to do with the clients' mean.
+        drift: Correction against client drift, or None.
+        isolated: Never average: each client goes on from its own adapter (the baseline `local`).
+    """
+
+    def __init__(
+        self,
+        start: Tensor,
+        *,
+        optimizer: ServerOptimizer,
+        drift: ClientDrift | None,
+        isolated: bool = False,
+    ) -> None:
+        self.adapter = start
+        self.own_adapters: dict[int, Tensor] = {}
+        self._optimizer = optimizer
+        self._drift = drift
+        self._isolated = isolated
+        self._signs = sketch_signs(start)
+        self._begin_round()
+
+    def start_of(self, client: int) -> Tensor:
+        """The adapter that a client starts from."""
+        return self.own_adapters.get(client, self.adapter) if self._isolated else self.adapter
+
+    def correction_for(self, client: int) -> Correction | None:
+        """The correction of one visit's gradients, or None."""
+        return self._drift.correction(client, self.start_of(client)) if self._drift else None
+
+    def receive(
+        self,
+        client: int,
+        update: Update,
+        *,
+        name: str,
+        weight: float,
+        correction: Correction | None = None,
+    ) -> None:
+        """Take one client's update into the mean, or refuse it and say why in the record.
+
+        Args:
+            client: Number of the client.
+            update: What it trained.
+            name: Name of the client, for the record.
+            weight: Its weight in the mean, > 0.
+            correction: The visit's correction, with what it learnt.
+        """
+        record = {
+            "client": name,
+            "status": "ok",
+            "weight": weight,
+            "steps": update.num_steps,
+            "tokens": update.num_tokens,
+            "loss": update.loss,
+        }
+        self._records.append(record)
+        self._count_bytes(up=True)
+        try:
+            self._mean.add(update.adapter, weight=weight)
+        except RefusedUpdateError as error:
+            record.update(status="refused", reason=str(error))
+            return
+        change = update.adapter - self.start_of(client)
+        record["update_norm"] = change.norm().item()
+        self._sketches.append(sketch(change, self._signs))
+        if self._isolated:
+            self.own_adapters[client] = update.adapter
+        if self._drift and correction is not None:
+            self._drift.collect(client, correction)
+
+    def note_failure(self, name: str) -> None:
+        """Record a client that got the global adapter and gave nothing back."""
+        self._records.append({"client": name, "status": "failed"})
+        self._count_bytes(up=False)
+
+    def close_round(self, *, num_clients: int) -> dict[str, Any]:
+        """Form the next global adapter.
+
+        Args:
+            num_clients: Clients of the federation, sampled or not.
+
+        Returns:
+            The round's record: clients, mean loss, norms, bytes.
+
+        Raises:
+            ValueError: If no update was accepted; the message names each client and its reason.
+        """
+        if self._mean.count == 0:
+            reasons = "; ".join(
+                f"{r['client']}: {r.get('reason', 'failed')}" for r in self._records
+            )
+            raise ValueError(f"the round has no update to average ({reasons}); nothing was changed")
+        before = self.adapter
+        if not self._isolated:
+            self.adapter = self._optimizer.step(before, self._mean.mean())
+        if self._drift:
+            self._drift.end_round(num_clients)
+        record = self._round_record(self.adapter - before)
+        self._begin_round()
+        return record
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a checkpoint must hold, also inside a round."""
+        return {
+            "adapter": self.adapter,
+            "own_adapters": self.own_adapters,
+            "optimizer": self._optimizer.state_dict(),
+            "drift": self._drift.state_dict() if self._drift else {},
+            "mean": self._mean.state_dict(),
+            "records": self._records,
+            "sketches": self._sketches,
+            "bytes": [self._bytes_up, self._bytes_down],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        device = self.adapter.device
+        self.adapter = state["adapter"].to(device)
+        self.own_adapters = {k: v.to(device) for k, v in state["own_adapters"].items()}
+        self._optimizer.load_state_dict(state["optimizer"])
+        if self._drift:
+            self._drift.load_state_dict(state["drift"])
+        self._begin_round()
+        self._mean.load_state_dict(state["mean"])
+        self._records = list(state["records"])
+        self._sketches = [s.to(device) for s in state["sketches"]]
+        self._bytes_up, self._bytes_down = state["bytes"]
+
+    def _begin_round(self) -> None:
+        self._mean = WeightedMean(self.adapter)
+        self._records: list[dict[str, Any]] = []
+        self._sketches: list[Tensor] = []
+        self._bytes_up = self._bytes_down = 0
+
+    def _count_bytes(self, *, up: bool) -> None:
+        vectors = self._drift.vectors_on_the_wire if self._drift else 1
+        size = vectors * self.adapter.numel() * BYTES_PER_VALUE
+        self._bytes_down += size
+        self._bytes_up += size if up else 0
+
+    def _round_record(self, change: Tensor) -> dict[str, Any]:
+        accepted = [record for record in self._records if record["status"] == "ok"]
+        weights = torch.tensor([r["weight"] for r in accepted], device=change.device)
+        cosines = cosines_to_mean(torch.stack(self._sketches), weights).tolist()
+        for record, cosine in zip(accepted, cosines, strict=True):
+            record["cosine_to_mean"] = cosine
+        num_tokens = sum(r["tokens"] for r in accepted)
+        return {
+            "clients": self._records,
+            "loss": sum(r["loss"] * r["tokens"] for r in accepted) / max(1, num_tokens),
+            "tokens": num_tokens,
+            "update_norm": change.norm().item(),
+            "adapter_norm": self.adapter.norm().item(),
+            "bytes_up": self._bytes_up,
+            "bytes_down": self._bytes_down,
+        }

@@ -1,0 +1,102 @@
+"""The adapter as one flat float32 vector, read from and written to the model's parameters.
+
+Training, aggregation and checkpoints use the vector; PEFT's own format is for files (see `save_adapter`).
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+
+class FlatAdapter:
+    """The trainable LoRA tensors of one model, as views of a vector.
+
+    Args:
+        named_parameters: ``(name, parameter)`` pairs; those that need no gradient are left out.
+
+    Raises:
+        ValueError: If no parameter is trainable.
+    """
+
+    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+        trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
+        if not trainable:
+            raise ValueError("the model has no trainable parameter; add LoRA before training")
+        self.names = [name for name, _ in trainable]
+        self.parameters = [p for _, p in trainable]
+        self._sizes = [p.numel() for p in self.parameters]
+        self.num_params = sum(self._sizes)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the adapter's parameters are."""
+        return self.parameters[0].device
+
+    def views(self, vector: Tensor) -> list[Tensor]:
+        """The vector's slices in the parameters' shapes; they share its memory."""
+        parts = vector.split(self._sizes)
+        return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
+
+    @torch.no_grad()
+    def read(self) -> Tensor:
+        """A copy of the adapter, flat float32, shape ``(num_params,)``."""
+        vector = torch.empty(self.num_params, dtype=torch.float32, device=self.device)
+        torch._foreach_copy_(self.views(vector), self.parameters)
+        return vector
+
+    @torch.no_grad()
+    def write(self, vector: Tensor) -> None:
+        """Overwrite the model's adapter with `vector`, shape ``(num_params,)``."""
+        torch._foreach_copy_(self.parameters, self.views(vector))
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients of the last backward pass, one a parameter.
+
+        Raises:
+            ValueError: If a parameter took no part in the loss.
+        """
+        missing = [n for n, p in zip(self.names, self.parameters, strict=True) if p.grad is None]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} adapter tensors got no gradient, the first is {missing[0]}; "
+                "leave its module out of target_modules"
+            )
+        return [p.grad for p in self.parameters if p.grad is not None]
+
+
+def save_adapter(model: PeftModel, directory: Path) -> None:
+    """Write the model's adapter in PEFT's format; each file appears whole or not at all."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".adapter-") as scratch:
+        # "auto" would ask the model hub whether the vocabulary changed
+        model.save_pretrained(scratch, save_embedding_layers=False)
+        for file in Path(scratch).iterdir():
+            os.replace(file, directory / file.name)
+
+
+def read_adapter_config(directory: Path) -> dict[str, object]:
+    """The settings that PEFT wrote beside an adapter.
+
+    Raises:
+        ValueError: If the directory holds no adapter in PEFT's format.
+    """
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (directory / name).is_file():
+            raise ValueError(
+                f"{directory} holds no {name}; give the folder of an adapter in PEFT's format"
+            )
+    config = json.loads((directory / "adapter_config.json").read_text())
+    assert isinstance(config, dict)
+    return config
+
+
+def load_adapter_tensors(directory: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter file, by PEFT's names; safetensors only."""
+    return load_file(directory / "adapter_model.safetensors")

@@ -1,0 +1,262 @@
+"""`LoraLM`: a frozen causal language model with a LoRA adapter, as a LightningModule."""
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule
+from peft import PeftModel
+from torch import Tensor
+from torch.optim import SGD, AdamW, Optimizer
+from torchmetrics import MeanMetric
+
+from fedsafe.data.packing import Pack, TrainingBatch
+from fedsafe.federated.schedule import Stream, random_stream
+from fedsafe.model import attention as packed
+from fedsafe.model.adapter import FlatAdapter
+from fedsafe.model.learning_rate import LearningRateSchedule, learning_rate_factor
+from fedsafe.model.lora import add_lora, load_base
+from fedsafe.model.objectives import frozen_head_nll, nll, sft_loss
+
+_PROBE_TOKENS = 8
+
+
+class LoraLM(LightningModule):
+    """A causal language model whose base is frozen and whose LoRA adapter is trained on packed conversations.
+
+    The base is built once, in `configure_model`; checkpoints hold the adapter alone.
+
+    Args:
+        base: Hub name or local folder of a causal language model; with `from_config`, a model type such as
+            `llama` or `gpt2`.
+        from_config: Configuration values of the model type; builds a random base instead of loading one.
+        rank: Rank of the LoRA adapter, 1 or more.
+        alpha: Scale of the LoRA adapter; its update is multiplied by alpha / rank.
+        lora_dropout: Dropout on the adapter's input, 0 to 1.
+        target_modules: Names of the linear modules that get an adapter, or `all-linear`.
+        dtype: Type of the frozen weights; the adapter is always kept and averaged in float32.
+        quantize_4bit: Load the base in 4 bits (needs a CUDA device and the extra `quantization`).
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third slower.
+        attention: `packed` attends within each sample of a pack; any other name is one of transformers'
+            implementations, for models that need it (`eager`, `sdpa`, `flash_attention_2`, `flex_attention`).
+        optimizer: Local optimizer, fresh at each visit.
+        learning_rate: Peak learning rate of a visit.
+        weight_decay: Decoupled weight decay (AdamW) or L2 penalty (SGD) on the adapter.
+        lr_schedule: Learning rate over rounds; within a visit it is constant but for its warm-up.
+        lr_floor: Share of the peak that the cosine schedule decays to, 0 to 1.
+        warmup_rounds: Rounds over which the learning rate rises to its peak.
+        warmup_steps: Steps at the start of each visit over which the learning rate rises.
+        seed: Seed of the adapter's initial values, of a random base and of dropout.
+    """
+
+    def __init__(  # noqa: PLR0913
+        self,
+        base: str,
+        from_config: dict[str, Any] | None = None,
+        rank: int = 16,
+        alpha: float = 32.0,
+        lora_dropout: float = 0.0,
+        target_modules: list[str] | str = "all-linear",
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        quantize_4bit: bool = False,
+        gradient_checkpointing: bool = False,
+        attention: str = "packed",
+        optimizer: Literal["adamw", "sgd"] = "adamw",
+        learning_rate: float = 5e-5,
+        weight_decay: float = 0.0,
+        lr_schedule: LearningRateSchedule = "constant",
+        lr_floor: float = 0.0,
+        warmup_rounds: int = 0,
+        warmup_steps: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        self.strict_loading = False  # checkpoints hold the adapter, not the base
+        self.model: PeftModel | None = None
+        self.val_loss = MeanMetric()
+        self.test_loss = MeanMetric()
+        self._head_is_plain: bool | None = None
+
+    def configure_model(self) -> None:
+        """Build the frozen base and the adapter, once."""
+        if self.model is not None:
+            return
+        hp = self.hparams
+        base = load_base(
+            hp.base,
+            from_config=hp.from_config,
+            dtype=getattr(torch, hp.dtype),
+            quantize_4bit=hp.quantize_4bit,
+            attention=packed.PACKED if hp.attention == "packed" else hp.attention,
+            seed=hp.seed,
+        )
+        if hp.gradient_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model = add_lora(
+            base,
+            rank=hp.rank,
+            alpha=hp.alpha,
+            dropout=hp.lora_dropout,
+            target_modules=hp.target_modules,
+            seed=hp.seed,
+        )
+        self.model.train()
+
+    @property
+    def peft_model(self) -> PeftModel:
+        """The base with its adapter; exists once `configure_model` has run."""
+        assert self.model is not None, "configure_model has not run yet"
+        return self.model
+
+    def flat_adapter(self) -> FlatAdapter:
+        """The adapter as one vector."""
+        return FlatAdapter(self.peft_model.named_parameters())
+
+    def forward(self, batch: Pack) -> Tensor:
+        """Negative log-likelihood of each answer token of a pack, nats, shape ``(N,)``, float32.
+
+        The output layer is computed only where there is a loss.
+        """
+        if self._head_is_plain is None:
+            self._head_is_plain = self._probe_head(batch)
+        inputs = self._inputs(batch)
+        if not self._head_is_plain:
+            logits = self.peft_model(**inputs, logits_to_keep=batch.predictors).logits[0]
+            return nll(logits, batch.targets)
+        base = self.peft_model.get_base_model()
+        hidden = base.base_model(**inputs).last_hidden_state[0, batch.predictors]
+        return frozen_head_nll(hidden, base.get_output_embeddings().weight, batch.targets)
+
+    def training_step(self, batch: TrainingBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Mean loss over the answer tokens of the optimizer step, and this batch's sum for the record."""
+        nll_sum = self(batch)
+        # Lightning divides by the number of accumulated batches; the normalizer already counts all of them
+        loss = sft_loss(nll_sum, normalizer=batch.normalizer) * batch.key.num_micro
+        return {"loss": loss, "nll_sum": nll_sum.detach().sum()}
+
+    def validation_step(self, batch: Pack, batch_idx: int) -> None:
+        """Log the loss per answer token over the validation samples."""
+        self._evaluate(batch, self.val_loss, "val/loss")
+
+    def test_step(self, batch: Pack, batch_idx: int) -> None:
+        """Log the loss per answer token over the test samples."""
+        self._evaluate(batch, self.test_loss, "test/loss")
+
+    def _evaluate(self, batch: Pack, metric: MeanMetric, name: str) -> None:
+        nll_per_token = self(batch)
+        if len(nll_per_token):
+            metric.update(nll_per_token)
+        self.log(name, metric, on_step=False, on_epoch=True, prog_bar=True, batch_size=1)
+
+    def on_train_batch_start(self, batch: TrainingBatch, batch_idx: int) -> None:
+        """Set the learning rate and the dropout masks' seed, both from where the batch stands in the run."""
+        key = batch.key
+        rate = self.learning_rate_at(round_=key.round, num_rounds=key.num_rounds, step=key.step)
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = rate
+        stream = random_stream(
+            Stream.DROPOUT, self.hparams.seed, key.round, key.client, key.step, key.micro
+        )
+        torch.manual_seed(int(stream.integers(2**63)))
+
+    def learning_rate_at(self, *, round_: int, num_rounds: int, step: int) -> float:
+        """Learning rate of one optimizer step; see `learning_rate.learning_rate_factor`."""
+        hp = self.hparams
+        factor = learning_rate_factor(
+            round_=round_,
+            num_rounds=num_rounds,
+            step=step,
+            schedule=hp.lr_schedule,
+            floor=hp.lr_floor,
+            warmup_rounds=hp.warmup_rounds,
+            warmup_steps=hp.warmup_steps,
+        )
+        return float(hp.learning_rate * factor)
+
+    def configure_optimizers(self) -> Optimizer:
+        """The local optimizer over the adapter; rounds reset its state at each visit."""
+        hp = self.hparams
+        parameters: Iterable[Tensor] = self.flat_adapter().parameters
+        if hp.optimizer == "sgd":
+            return SGD(parameters, lr=hp.learning_rate, weight_decay=hp.weight_decay)
+        return AdamW(parameters, lr=hp.learning_rate, weight_decay=hp.weight_decay)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that a resumed run must share with the run it resumes."""
+        names = (
+            "base",
+            "from_config",
+            "rank",
+            "alpha",
+            "target_modules",
+            "dtype",
+            "optimizer",
+            "seed",
+        )
+        return {f"model.{name}": self.hparams[name] for name in names}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the adapter, drop the frozen base."""
+        trainable = {name for name, p in self.named_parameters() if p.requires_grad}
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: state[name] for name in state if name in trainable}
+        checkpoint["fedsafe_model"] = self.identity()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model or another adapter."""
+        refuse_difference(checkpoint.get("fedsafe_model", {}), self.identity())
+
+    def _inputs(self, batch: Pack) -> dict[str, Any]:
+        inputs = {
+            "input_ids": batch.input_ids,
+            "position_ids": batch.position_ids,
+            "use_cache": False,
+        }
+        if self.hparams.attention == "packed":
+            inputs["segment_lengths"] = batch.segment_lengths
+        return inputs
+
+    @torch.no_grad()
+    def _probe_head(self, batch: Pack) -> bool:
+        """Whether the model's logits are just ``hidden @ weight.T``, bit for bit, with a frozen weight.
+
+        Some models cap or scale their logits, or have a bias; those take the slower way through the model itself.
+        """
+        base = self.peft_model.get_base_model()
+        head = base.get_output_embeddings()
+        if type(head) is not torch.nn.Linear or head.bias is not None or head.weight.requires_grad:
+            return False
+        tokens = min(_PROBE_TOKENS, batch.segment_lengths[0])
+        probe = Pack(
+            input_ids=batch.input_ids[:, :tokens],
+            position_ids=batch.position_ids[:, :tokens],
+            segment_lengths=[tokens],
+            predictors=batch.predictors,
+            targets=batch.targets,
+            target_counts=[],
+        )
+        was_training = self.peft_model.training
+        self.peft_model.eval()  # dropout would make the two passes differ
+        hidden = base.base_model(**self._inputs(probe)).last_hidden_state
+        logits = base(**self._inputs(probe)).logits
+        self.peft_model.train(was_training)
+        return torch.equal(head(hidden), logits)
+
+
+def refuse_difference(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raise if a checkpoint was written under other settings.
+
+    Raises:
+        ValueError: Names each setting that differs, with both values.
+    """
+    differing = [
+        f"{name} was {saved.get(name)!r} and is {current.get(name)!r}"
+        for name in sorted(saved.keys() | current.keys())
+        if saved.get(name) != current.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"the checkpoint belongs to another run: {'; '.join(differing)}. Resume with the settings of the run, or "
+            "start a new one in another run_dir"
+        )
