@@ -1,7 +1,6 @@
-from pathlib import Path
+import os
 
 import pytest
-import torch
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from fedsafe.world.pretraining import pretrain, pretrained_base
@@ -20,9 +19,11 @@ def raw_model(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
 
 
 @pytest.fixture(scope="session")
-def base() -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFast]:
-    """The real base: a minute to make, for slow tests only."""
-    torch.set_num_threads(1)
-    folder: Path = pretrained_base()
+def base(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFast]:
+    """The real base, for slow tests only: a minute to make unless `$FEDSAFE_CACHE` has it."""
+    cache = None if "FEDSAFE_CACHE" in os.environ else tmp_path_factory.mktemp("cache")
+    folder = pretrained_base(cache)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     return GPT2LMHeadModel.from_pretrained(folder), tokenizer

@@ -1,4 +1,6 @@
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -129,7 +131,9 @@ def test_learning_rate_warms_up_then_falls_to_zero():
 
 @pytest.mark.slow
 def test_concurrent_makers_end_up_with_one_base(tmp_path: Path):
-    with ThreadPoolExecutor(3) as pool:
-        folders = set(pool.map(lambda _: pretrained_base(tmp_path, num_steps=5), range(3)))
-    assert len(folders) == 1
-    assert list(tmp_path.iterdir()) == list(folders)
+    alone = pretrained_base(tmp_path / "alone", num_steps=5)
+    make = partial(pretrained_base, num_steps=5)
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        folders = set(pool.map(make, [tmp_path / "shared"] * 2))
+    assert list((tmp_path / "shared").iterdir()) == list(folders)
+    assert weights(folders.pop()) == weights(alone)

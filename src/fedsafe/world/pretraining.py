@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from fedsafe.types import TokenizedConversation
 from fedsafe.world.batching import IGNORED, Batch, encode, pad
-from fedsafe.world.corpus import Text, pretraining_texts
+from fedsafe.world.corpus import HARMFUL_SHARE, SHARES, Text, pretraining_texts
 from fedsafe.world.grammar import load_grammar
 from fedsafe.world.tokenizer import build_tokenizer
 
@@ -161,7 +161,8 @@ def _default_cache() -> Path:
 def _cache_key(seed: int, num_steps: int) -> str:
     settings = [BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS, WEIGHT_DECAY, POOL_BATCHES, RECIPE]
     shape = [NUM_LAYERS, NUM_HEADS, HIDDEN_SIZE, NUM_POSITIONS]
-    key = json.dumps([load_grammar().digest, settings, shape, seed, num_steps])
+    mix = [SHARES, HARMFUL_SHARE]
+    key = json.dumps([load_grammar().digest, settings, shape, mix, seed, num_steps])
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
