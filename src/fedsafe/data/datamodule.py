@@ -18,9 +18,9 @@ from fedsafe.data.tokenizer import load_tokenizer, train_tokenizer
 from fedsafe.data.tokens import TokenStore, tokenize_samples
 from fedsafe.federated.partition import (
     IID,
-    PartitionRow,
     Partition,
     Partitioner,
+    PartitionRow,
     SampleColumns,
     partition_rows,
     validation_split,
@@ -51,13 +51,16 @@ class FederatedDataModule(LightningDataModule):
         path: Files (`.jsonl`, `.json`, `.csv`, `.parquet`) or hub names of the conversations.
         partition: How the samples are split over clients.
         tokenizer: Hub name or folder of the tokenizer; None takes the model's own.
-        train_tokenizer: Size of the vocabulary of a tokenizer trained on the conversations; None trains none.
+        train_tokenizer: Size of the vocabulary of a tokenizer trained on the conversations; None
+            trains none.
         batch_size: Samples of one optimizer step.
         max_length: Tokens kept of a sample, from its start.
-        validation_share: Share of all samples held out from every client for validation, 0 to below 1.
+        validation_share: Share of all samples held out from every client for validation, 0 to below
+            1.
         test_path: Files or hub names of test conversations, for `fedsafe test`.
         split: Split of the data sets that are read from the hub.
-        on_bad_row: Stop at a bad row, or skip it and list it in `rejected.jsonl` of the run directory.
+        on_bad_row: Stop at a bad row, or skip it and list it in `rejected.jsonl` of the run
+            directory.
         num_workers: Processes that prepare batches; 0 prepares them in the training process.
         seed: Seed of the partition and of the validation split.
     """
@@ -260,7 +263,8 @@ class FederatedDataModule(LightningDataModule):
 class _RestOfRound(Sampler[BatchKey]):
     """Batches of a round from number `done` on.
 
-    Its length is the whole round's: Lightning restores its own counter of batches and compares it with the length.
+    Its length is the whole round's: Lightning restores its own counter of batches and compares it
+    with the length.
     """
 
     def __init__(self, plan: RoundPlan, *, done: int) -> None:

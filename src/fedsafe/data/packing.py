@@ -1,7 +1,8 @@
 """Samples end to end in one row: no padding, and no sample sees another.
 
-The boundaries travel with the batch as segment lengths; `model.attention` attends within segments, so the cost is
-linear in the number of samples and nothing depends on a mask being detected somewhere.
+The boundaries travel with the batch as segment lengths; `model.attention` attends within segments,
+so the cost is linear in the number of samples and nothing depends on a mask being detected
+somewhere.
 
 Shapes: T tokens of the pack, N tokens with a loss.
 """
@@ -45,7 +46,8 @@ class TrainingBatch(Pack):
 
     Attributes:
         key: Round, visit, client and step.
-        normalizer: Answer tokens of the whole optimizer step; the step's loss is the sum over them, divided by it.
+        normalizer: Answer tokens of the whole optimizer step; the step's loss is the sum over them,
+            divided by it.
     """
 
     key: BatchKey
@@ -56,8 +58,8 @@ def pack(samples: Sequence[tuple[NDArray[np.int32], NDArray[np.bool_]]]) -> Pack
     """Lay samples end to end.
 
     Args:
-        samples: ``(input_ids, answer_mask)`` of each sample. None at all gives a pack of one token without a loss,
-            so that every part of a step has a forward and a backward pass.
+        samples: ``(input_ids, answer_mask)`` of each sample. None at all gives a pack of one token
+            without a loss, so that every part of a step has a forward and a backward pass.
     """
     lengths = [len(ids) for ids, _ in samples]
     if not samples:
@@ -92,7 +94,8 @@ def count_targets(store: TokenStore, index: int) -> int:
 def split_by_budget(lengths: NDArray[np.int32], *, max_tokens: int) -> list[list[int]]:
     """Group samples, longest first, so that a group holds at most `max_tokens` tokens (or a single sample).
 
-    Sorting puts samples of one length together; a group's cost is then close to its number of tokens.
+    Sorting puts samples of one length together; a group's cost is then close to its number of
+    tokens.
     """
     groups: list[list[int]] = []
     room = 0

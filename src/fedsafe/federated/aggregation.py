@@ -2,7 +2,8 @@
 
 References:
     McMahan et al. (2017), Algorithm 1. https://arxiv.org/abs/1602.05629
-    Charikar, Chen and Farach-Colton (2002), Finding Frequent Items in Data Streams (the count sketch).
+    Charikar, Chen and Farach-Colton (2002), Finding Frequent Items in Data Streams (the count
+    sketch).
 """
 
 import torch
@@ -18,7 +19,8 @@ class RefusedUpdateError(ValueError):
 class WeightedMean:
     """Streaming ``sum_k n_k w_k / sum_k n_k``: one running sum, never all clients' copies.
 
-    LoRA's A and B are averaged apart, as in the paper; ``mean(B) @ mean(A)`` is not ``mean(B @ A)``.
+    LoRA's A and B are averaged apart, as in the paper; ``mean(B) @ mean(A)`` is not ``mean(B @
+    A)``.
 
     Args:
         like: A flat float32 adapter; gives the shape and the device.
@@ -37,7 +39,8 @@ class WeightedMean:
             weight: Number of samples (or tokens) that the client has, > 0.
 
         Raises:
-            RefusedUpdateError: If the shape differs or a value is not finite; the mean is then unchanged.
+            RefusedUpdateError: If the shape differs or a value is not finite; the mean is then
+                unchanged.
             ValueError: If the weight is not positive.
         """
         if not weight > 0:

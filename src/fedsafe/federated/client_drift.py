@@ -26,7 +26,7 @@ class Correction(ABC):
         """What a checkpoint inside the visit must hold."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor | int]) -> None:  # noqa: B027
         """Restore what `state_dict` returned."""
 
 
@@ -45,17 +45,17 @@ class ClientDrift(ABC):
             start: Global adapter that the visit starts from, flat float32, shape ``(num_params,)``.
         """
 
-    def collect(self, client: int, correction: Correction) -> None:
+    def collect(self, client: int, correction: Correction) -> None:  # noqa: B027
         """Take back what the visit learnt; called only when its update was accepted."""
 
-    def end_round(self, num_clients: int) -> None:
+    def end_round(self, num_clients: int) -> None:  # noqa: B027
         """Update the server's side once a round; `num_clients` counts all clients, sampled or not."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint must hold, by name."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:  # noqa: B027
         """Restore what `state_dict` returned."""
 
 
@@ -115,10 +115,10 @@ class _ControlVariates(Correction):
 class Scaffold(ClientDrift):
     """SCAFFOLD's control variates: local gradients become ``g + c - c_i`` (Karimireddy et al. 2020).
 
-    The client's new control variate is the mean of its raw gradients over the visit. Under plain SGD that equals
-    the paper's option II, ``c_i - c + (x - y_i) / (K * lr)``, to rounding; under AdamW, whose steps are no
-    gradients, it alone stays in the units of a gradient. The server moves by
-    ``c += 1/N * sum_i (c_i_new - c_i)`` over the round's clients.
+    The client's new control variate is the mean of its raw gradients over the visit. Under plain
+    SGD that equals the paper's option II, ``c_i - c + (x - y_i) / (K * lr)``, to rounding; under
+    AdamW, whose steps are no gradients, it alone stays in the units of a gradient. The server moves
+    by ``c += 1/N * sum_i (c_i_new - c_i)`` over the round's clients.
     """
 
     vectors_on_the_wire = 2

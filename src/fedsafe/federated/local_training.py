@@ -1,7 +1,8 @@
 """One client's visit: the global adapter in, its update out.
 
-Nothing here knows who calls: `FederatedRounds` simulates many clients in one process with `LocalTraining`, and one client
-of a real federation trains with `train_client`, which runs the same steps.
+Nothing here knows who calls: `FederatedRounds` simulates many clients in one process with
+`LocalTraining`, and one client of a real federation trains with `train_client`, which runs the same
+steps.
 """
 
 from collections.abc import Iterable

@@ -28,7 +28,7 @@ class RoundLog:
         if self.file.exists():
             scratch = self.file.with_suffix(".tmp")
             scratch.write_text("".join(_line(row) for row in rows))
-            os.replace(scratch, self.file)
+            scratch.replace(self.file)
 
     def append(self, row: dict[str, Any]) -> None:
         """Write one round and make sure that it is on disk."""

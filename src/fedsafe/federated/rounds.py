@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import numpy as np
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only
 
 from fedsafe.data.datamodule import GLOBAL_ADAPTER, EvaluationBatch, FederatedDataModule
 from fedsafe.data.packing import TrainingBatch
@@ -163,11 +162,11 @@ class FederatedRounds(Callback):
             if name.startswith("val/")
         }
         self._save_adapters(trainer, pl_module)
-        self._write_row(measured)
+        self._write_row(measured, is_global_zero=trainer.is_global_zero)
 
-    def _write_row(self, measured: dict[str, float]) -> None:
+    def _write_row(self, measured: dict[str, float], *, is_global_zero: bool) -> None:
         assert self._row is not None
-        if rank_zero_only.rank == 0:
+        if is_global_zero:
             self._log.append({**self._row, **measured})
         self._row = None
 
@@ -213,7 +212,7 @@ class FederatedRounds(Callback):
         )
         if self._resumed is not None:
             self.server.load_state_dict(self._resumed["server"])
-        if rank_zero_only.rank == 0:
+        if trainer.is_global_zero:
             finished = self._round - (self._row is not None)
             self._log.keep(finished)
             if pl_module.hparams["from_config"] is not None:  # a base that exists nowhere else
@@ -221,7 +220,7 @@ class FederatedRounds(Callback):
                 save_random_base(pl_module.peft_model, folder)
                 self._data.tokenizer.save_pretrained(folder)
         if self._row is not None:  # killed between the round's last batch and its end
-            self._write_row({})
+            self._write_row({}, is_global_zero=trainer.is_global_zero)
 
     def _make_schedule(self, trainer: Trainer) -> Schedule:
         sampled = self._num_sampled(len(self._data.partition))
@@ -303,7 +302,7 @@ class FederatedRounds(Callback):
     def _save_adapters(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the new global adapter, or in mode `local` those of the round's clients."""
         assert isinstance(pl_module, LoraLM)
-        if rank_zero_only.rank != 0:
+        if not trainer.is_global_zero:
             return
         run_dir = Path(trainer.default_root_dir)
         if self.mode != "local":

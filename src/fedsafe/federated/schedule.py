@@ -1,7 +1,7 @@
 """Who trains in round t, and on which samples: pure functions of (seed, round, client).
 
-Nothing here depends on what was drawn before, so a resumed run, a run with the clients in another order and a
-client on another machine all draw the same samples.
+Nothing here depends on what was drawn before, so a resumed run, a run with the clients in another
+order and a client on another machine all draw the same samples.
 """
 
 from collections.abc import Iterator
@@ -106,15 +106,17 @@ class Schedule:
         num_rounds: Rounds of the run, >= 1.
         clients_per_round: Clients sampled without replacement each round, 1 to ``len(partition)``.
         batch_size: Samples of one optimizer step, >= 1.
-        local_steps: Optimizer steps of a visit; the samples are reshuffled whenever all were seen. Give this or
-            `local_epochs`.
-        local_epochs: Passes over the client's samples in a visit; the last batch of a pass may be smaller.
+        local_steps: Optimizer steps of a visit; the samples are reshuffled whenever all were seen.
+            Give this or `local_epochs`.
+        local_epochs: Passes over the client's samples in a visit; the last batch of a pass may be
+            smaller.
         num_micro: Parts that each optimizer step is split into (gradient accumulation).
         failure_probability: Chance that a sampled client fails and returns nothing, 0 to 1.
         seed: Seed of every draw.
 
     Raises:
-        ValueError: If a number is out of range, or not exactly one of `local_steps` and `local_epochs` is given.
+        ValueError: If a number is out of range, or not exactly one of `local_steps` and
+            `local_epochs` is given.
     """
 
     partition: Partition
@@ -149,7 +151,8 @@ class Schedule:
     def plan(self, round_: int) -> RoundPlan:
         """The visits of round `round_` (from 0), clients in ascending order.
 
-        The set is drawn first and then sorted, so that the order of visits carries no randomness of its own.
+        The set is drawn first and then sorted, so that the order of visits carries no randomness of
+        its own.
         """
         rng = random_stream(Stream.CLIENTS, self.seed, round_)
         clients = sorted(

@@ -1,13 +1,16 @@
 """What the server does with the clients' mean adapter: FedAvg, FedAvgM, FedAdagrad, FedYogi, FedAdam.
 
-Each rule maps ``(x_t, mean_k w_k)`` to ``x_{t+1}`` through the pseudo-gradient ``Delta_t = mean_k w_k - x_t``.
+Each rule maps ``(x_t, mean_k w_k)`` to ``x_{t+1}`` through the pseudo-gradient ``Delta_t = mean_k
+w_k - x_t``.
 
 References:
-    McMahan et al. (2017), Communication-Efficient Learning of Deep Networks from Decentralized Data, Algorithm 1.
+    McMahan et al. (2017), Communication-Efficient Learning of Deep Networks from Decentralized
+    Data, Algorithm 1.
     https://arxiv.org/abs/1602.05629
     Hsu, Qi and Brown (2019), Measuring the Effects of Non-Identical Data Distribution (FedAvgM).
     https://arxiv.org/abs/1909.06335
-    Reddi et al. (2021), Adaptive Federated Optimization, Algorithm 2. https://arxiv.org/abs/2003.00295
+    Reddi et al. (2021), Adaptive Federated Optimization, Algorithm 2.
+    https://arxiv.org/abs/2003.00295
 """
 
 from abc import ABC, abstractmethod
@@ -28,7 +31,8 @@ class ServerOptimizer(ABC):
         """Next global adapter.
 
         Args:
-            current: Global adapter x_t that the clients started from, flat float32, shape ``(num_params,)``.
+            current: Global adapter x_t that the clients started from, flat float32, shape
+                ``(num_params,)``.
             mean: Weighted mean of the adapters that they returned, same shape.
 
         Returns:
@@ -91,8 +95,8 @@ class FedAvgM(ServerOptimizer):
 class _Adaptive(ServerOptimizer):
     """Algorithm 2 of Reddi et al. (2021); members differ in how the second moment ``v_t`` is formed.
 
-    ``m_t = beta1 * m_{t-1} + (1 - beta1) * Delta_t``, ``x_{t+1} = x_t + learning_rate * m_t / (sqrt(v_t) + tau)``,
-    ``v_{-1} = tau^2``.
+    ``m_t = beta1 * m_{t-1} + (1 - beta1) * Delta_t``, ``x_{t+1} = x_t + learning_rate * m_t /
+    (sqrt(v_t) + tau)``, ``v_{-1} = tau^2``.
     """
 
     def __init__(self, learning_rate: float, beta1: float, tau: float) -> None:

@@ -1,10 +1,10 @@
 """The adapter as one flat float32 vector, read from and written to the model's parameters.
 
-Training, aggregation and checkpoints use the vector; PEFT's own format is for files (see `save_adapter`).
+Training, aggregation and checkpoints use the vector; PEFT's own format is for files (see
+`save_adapter`).
 """
 
 import json
-import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -78,7 +78,7 @@ def save_adapter(model: PeftModel, directory: Path) -> None:
         # "auto" would ask the model hub whether the vocabulary changed
         model.save_pretrained(scratch, save_embedding_layers=False)
         for file in Path(scratch).iterdir():
-            os.replace(file, directory / file.name)
+            file.replace(directory / file.name)
 
 
 def read_adapter_config(directory: Path) -> dict[str, object]:

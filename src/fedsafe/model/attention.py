@@ -1,8 +1,9 @@
 """Attention over packed samples: each segment attends to itself alone.
 
-transformers isolates packed samples by a dense mask that it derives from `position_ids`, and silently does not when a
-cache is in use. Here the boundaries are an argument, a forward pass without them is refused, and the cost is the sum of
-the squared lengths instead of the square of their sum.
+transformers isolates packed samples by a dense mask that it derives from `position_ids`, and
+silently does not when a cache is in use. Here the boundaries are an argument, a forward pass
+without them is refused, and the cost is the sum of the squared lengths instead of the square of
+their sum.
 
 Shapes: H heads, T tokens of the pack, D head size.
 """
@@ -10,7 +11,6 @@ Shapes: H heads, T tokens of the pack, D head size.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -68,7 +68,7 @@ def packed_attention(
     ):
         mask = _window_mask(q, window) if window is not None and q.shape[2] > window else None
         outputs.append(
-            F.scaled_dot_product_attention(
+            nn.functional.scaled_dot_product_attention(
                 q,
                 k,
                 v,

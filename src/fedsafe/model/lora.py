@@ -1,8 +1,9 @@
 """The frozen base model and the LoRA adapter on it.
 
 References:
-    Hu et al. (2022), LoRA: Low-Rank Adaptation of Large Language Models. https://arxiv.org/abs/2106.09685
-    Dettmers et al. (2023), QLoRA (the 4-bit base). https://arxiv.org/abs/2305.14314
+    Hu et al. (2022), LoRA: Low-Rank Adaptation of Large Language Models.
+    https://arxiv.org/abs/2106.09685 Dettmers et al. (2023), QLoRA (the 4-bit base).
+    https://arxiv.org/abs/2305.14314
 """
 
 from collections.abc import Sequence
@@ -34,8 +35,10 @@ def load_base(
     """The base model, from the hub, from a folder, or random from a configuration.
 
     Args:
-        base: Hub name or local folder; with `from_config`, a model type such as ``gpt2`` or ``llama``.
-        from_config: Values of the type's configuration; builds random weights instead of loading any.
+        base: Hub name or local folder; with `from_config`, a model type such as ``gpt2`` or
+            ``llama``.
+        from_config: Values of the type's configuration; builds random weights instead of loading
+            any.
         dtype: Type of the weights.
         quantize_4bit: Load the weights in 4 bits (NF4, bitsandbytes); needs a CUDA device.
         attention: Name of the attention implementation.

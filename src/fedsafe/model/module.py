@@ -27,18 +27,21 @@ class LoraLM(LightningModule):
     The base is built once, in `configure_model`; checkpoints hold the adapter alone.
 
     Args:
-        base: Hub name or local folder of a causal language model; with `from_config`, a model type such as
-            `llama` or `gpt2`.
-        from_config: Configuration values of the model type; builds a random base instead of loading one.
+        base: Hub name or local folder of a causal language model; with `from_config`, a model type
+            such as `llama` or `gpt2`.
+        from_config: Configuration values of the model type; builds a random base instead of loading
+            one.
         rank: Rank of the LoRA adapter, 1 or more.
         alpha: Scale of the LoRA adapter; its update is multiplied by alpha / rank.
         lora_dropout: Dropout on the adapter's input, 0 to 1.
         target_modules: Names of the linear modules that get an adapter, or `all-linear`.
         dtype: Type of the frozen weights; the adapter is always kept and averaged in float32.
         quantize_4bit: Load the base in 4 bits (needs a CUDA device and the extra `quantization`).
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third slower.
-        attention: `packed` attends within each sample of a pack; any other name is one of transformers'
-            implementations, for models that need it (`eager`, `sdpa`, `flash_attention_2`, `flex_attention`).
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a
+            third slower.
+        attention: `packed` attends within each sample of a pack; any other name is one of
+            transformers' implementations, for models that need it (`eager`, `sdpa`,
+            `flash_attention_2`, `flex_attention`).
         optimizer: Local optimizer, fresh at each visit.
         learning_rate: Peak learning rate of a visit.
         weight_decay: Decoupled weight decay (AdamW) or L2 penalty (SGD) on the adapter.
@@ -82,7 +85,7 @@ class LoraLM(LightningModule):
         """Build the frozen base and the adapter, once."""
         if self.model is not None:
             return
-        hp = self.hparams
+        hp: Any = self.hparams
         base = load_base(
             hp.base,
             from_config=hp.from_config,
@@ -124,7 +127,7 @@ class LoraLM(LightningModule):
         if not self._head_is_plain:
             logits = self.peft_model(**inputs, logits_to_keep=batch.predictors).logits[0]
             return nll(logits, batch.targets)
-        base = self.peft_model.get_base_model()
+        base: Any = self.peft_model.get_base_model()
         hidden = base.base_model(**inputs).last_hidden_state[0, batch.predictors]
         return frozen_head_nll(hidden, base.get_output_embeddings().weight, batch.targets)
 
@@ -156,13 +159,13 @@ class LoraLM(LightningModule):
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = rate
         stream = random_stream(
-            Stream.DROPOUT, self.hparams.seed, key.round, key.client, key.step, key.micro
+            Stream.DROPOUT, self.hparams["seed"], key.round, key.client, key.step, key.micro
         )
         torch.manual_seed(int(stream.integers(2**63)))
 
     def learning_rate_at(self, *, round_: int, num_rounds: int, step: int) -> float:
         """Learning rate of one optimizer step; see `learning_rate.learning_rate_factor`."""
-        hp = self.hparams
+        hp: Any = self.hparams
         factor = learning_rate_factor(
             round_=round_,
             num_rounds=num_rounds,
@@ -176,7 +179,7 @@ class LoraLM(LightningModule):
 
     def configure_optimizers(self) -> Optimizer:
         """The local optimizer over the adapter; rounds reset its state at each visit."""
-        hp = self.hparams
+        hp: Any = self.hparams
         parameters: Iterable[Tensor] = self.flat_adapter().parameters
         if hp.optimizer == "sgd":
             return SGD(parameters, lr=hp.learning_rate, weight_decay=hp.weight_decay)
@@ -213,7 +216,7 @@ class LoraLM(LightningModule):
             "position_ids": batch.position_ids,
             "use_cache": False,
         }
-        if self.hparams.attention == "packed":
+        if self.hparams["attention"] == "packed":
             inputs["segment_lengths"] = batch.segment_lengths
         return inputs
 
@@ -221,9 +224,10 @@ class LoraLM(LightningModule):
     def _probe_head(self, batch: Pack) -> bool:
         """Whether the model's logits are just ``hidden @ weight.T``, bit for bit, with a frozen weight.
 
-        Some models cap or scale their logits, or have a bias; those take the slower way through the model itself.
+        Some models cap or scale their logits, or have a bias; those take the slower way through the
+        model itself.
         """
-        base = self.peft_model.get_base_model()
+        base: Any = self.peft_model.get_base_model()
         head = base.get_output_embeddings()
         if type(head) is not torch.nn.Linear or head.bias is not None or head.weight.requires_grad:
             return False

@@ -1,12 +1,14 @@
 """Training objectives, as pure functions of hidden states and targets.
 
-The output layer is frozen, so its part of the loss can hand the gradient to the hidden states at once, a block of tokens
-at a time: the logits of all tokens, ``N x V``, never exist, and are not kept for the backward pass.
+The output layer is frozen, so its part of the loss can hand the gradient to the hidden states at
+once, a block of tokens at a time: the logits of all tokens, ``N x V``, never exist, and are not
+kept for the backward pass.
 
 Shapes: N tokens with a loss, D hidden size, V vocabulary.
 
 References:
-    Hsu et al. (2024), Liger Kernel, section 3.2 (fused linear cross entropy). https://arxiv.org/abs/2410.10989
+    Hsu et al. (2024), Liger Kernel, section 3.2 (fused linear cross entropy).
+    https://arxiv.org/abs/2410.10989
 """
 
 from typing import Any
