@@ -66,7 +66,7 @@ def test_no_text_is_refused(texts: list[str]) -> None:
 
 
 def test_a_vocabulary_too_small_for_all_bytes_is_refused() -> None:
-    with pytest.raises(ValueError, match="vocab_size is 257; .* needs at least 258"):
+    with pytest.raises(ValueError, match=r"vocab_size is 257; .* needs at least 258"):
         train_tokenizer(TEXTS, vocab_size=257)
 
 

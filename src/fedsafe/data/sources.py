@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from fedsafe.types import Conversation, Label, Turn
 
@@ -78,6 +79,10 @@ class _Parsed(NamedTuple):
 
 class _BadRowError(Exception):
     """Says what is wrong with one row."""
+
+
+class _EmptyError(Exception):
+    """A source has no row; `datasets` has no words of its own for that."""
 
 
 def load_samples(
@@ -175,25 +180,28 @@ def _load_checked(name: str, *, split: str) -> datasets.Dataset:
             raise ValueError(f"{name} is missing; give the path of an existing file")
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
-        checked = _cached(lambda: reader(path), source=name, content=content)
-    else:
-        rows = _load_hub(name, split=split)
-        content = rows._fingerprint
-        checked = _cached(lambda: map(_Row, range(len(rows)), rows), source=name, content=content)
-    if len(checked) == 0:
-        raise ValueError(f"{name} is empty; it needs at least one sample")
-    return checked
+        return _cached(lambda: reader(path), source=name, content=content)
+    rows = _load_hub(name, split=split)
+    return _cached(
+        lambda: map(_Row, range(len(rows)), rows), source=name, content=rows._fingerprint
+    )
 
 
 def _cached(read: Callable[[], Iterable[_Row]], *, source: str, content: str) -> datasets.Dataset:
     # The name is in the key because the rows carry it.
     key = hashlib.sha256(f"{_CACHE_VERSION}\0{content}\0{source}".encode()).hexdigest()[:32]
-    rows = datasets.Dataset.from_generator(
-        _check_rows,
-        features=_FEATURES,
-        gen_kwargs={"read": read, "source": source},
-        fingerprint=key,
-    )
+    try:
+        rows = datasets.Dataset.from_generator(
+            _check_rows,
+            features=_FEATURES,
+            gen_kwargs={"read": read, "source": source},
+            fingerprint=key,
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, _EmptyError):
+            message = f"{source} is empty; it needs at least one sample"
+            raise ValueError(message) from error.__cause__
+        raise
     return cast(datasets.Dataset, rows)
 
 
@@ -202,7 +210,7 @@ def _load_hub(name: str, *, split: str) -> datasets.Dataset:
         raise ValueError(f"{name} has an unknown file type; known are {', '.join(_READERS)}")
     try:
         rows = datasets.load_dataset(name, split=split)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         raise ValueError(
             f"cannot load split {split!r} of {name!r}: {error}; give a hub name, a dataset folder, "
             f"or a file of type {', '.join(_READERS)}"
@@ -212,6 +220,7 @@ def _load_hub(name: str, *, split: str) -> datasets.Dataset:
 
 def _check_rows(read: Callable[[], Iterable[_Row]], source: str) -> Iterator[dict[str, Any]]:
     empty = _Parsed([], None, None, None, None)
+    number = None
     for number, record, problem, place in read():
         parsed = empty
         if problem is None:
@@ -222,6 +231,8 @@ def _check_rows(read: Callable[[], Iterable[_Row]], source: str) -> Iterator[dic
         if problem is not None:
             problem = place + problem
         yield {**parsed._asdict(), "source": source, "row": number, "problem": problem}
+    if number is None:
+        raise _EmptyError
 
 
 def _parse(record: object) -> _Parsed:

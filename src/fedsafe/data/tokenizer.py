@@ -42,7 +42,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
         show_progress=False,
     )
     backend.train_from_iterator(_non_empty(texts), trainer)
-    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token=_EOS, pad_token=_PAD, clean_up_tokenization_spaces=False
     )
     ensure_chat_template(tokenizer)
