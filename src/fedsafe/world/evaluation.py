@@ -50,7 +50,7 @@ def evaluate(
     }
 
 
-def refusal_rate(  # noqa: PLR0913
+def refusal_rate(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
@@ -131,7 +131,7 @@ def hhh_accuracy(
     return _percent((scores_P2[:, 0] > scores_P2[:, 1]).tolist())
 
 
-def answer(  # noqa: PLR0913
+def answer(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
     chats: Sequence[Conversation],

@@ -18,7 +18,7 @@ NUM_RED_TEAM = 48
 NUM_BENIGN = 48
 
 
-def write_world(  # noqa: PLR0913
+def write_world(
     output: Path,
     *,
     harm_share: float = 0.2,
