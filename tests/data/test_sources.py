@@ -170,7 +170,7 @@ BAD_ROWS = {
     "no object": (["Hi", "Hello."], "holds a list, not an object"),
     "role": (
         {"messages": [{"role": "human", "content": "Hi"}]},
-        "turn 0 has the role 'human', not system, user or assistant",
+        "turn 0 has role 'human', not system, user or assistant",
     ),
     "last turn": ({"messages": EXCHANGE[:1]}, "the last turn is not the assistant's"),
     "no turn": ({"messages": []}, "the last turn is not the assistant's"),
@@ -188,6 +188,7 @@ BAD_ROWS = {
     "label type": ({**GOOD, "label": ["safe"]}, r"`label` is \['safe'\], not safe or unsafe"),
     "client type": ({**GOOD, "client": 1.5}, "`client` is float, not text"),
     "category type": ({**GOOD, "category": True}, "`category` is bool, not text"),
+    "name surrogate": ({"a\ud800": 1}, r"none of the formats .*: a\?"),
     "lone surrogate": ({**GOOD, "response": "a\ud800"}, "`response` is not valid UTF-8 at char"),
 }
 
@@ -270,6 +271,12 @@ def test_a_file_without_a_usable_row_is_an_error_even_when_skipping() -> None:
 
 BROKEN_FILES = {
     "cut JSONL": ("a.jsonl", b'{"prompt": "a", "respo', "line 1: broken JSON: Unterminated string"),
+    "huge number": (
+        "a.jsonl",
+        b'{"prompt": ' + b"9" * 5_000 + b"}",
+        "line 1: broken JSON: Exceeds",
+    ),
+    "deep nesting": ("a.jsonl", b"[" * 100_000, "line 1: broken JSON: maximum recursion"),
     "Latin-1 JSONL": (
         "a.jsonl",
         b'{"prompt": "a", "response": "caf\xe9"}',

@@ -215,7 +215,7 @@ def test_a_sample_that_the_template_refuses_is_named(
         "{% for m in messages %}{% if 'Question 4' in m.content %}{{ raise_exception('no') }}"
         "{% endif %}{{ m.content + eos_token }}{% endfor %}"
     )
-    with pytest.raises(ValueError, match=r"a\.jsonl, row 5: the chat template refuses"):
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 5: the chat template refuses"):
         tokenize_samples(write_samples(), tokenizer, max_length=64, num_proc=num_proc)
 
 

@@ -11,10 +11,12 @@ import csv
 import gzip
 import hashlib
 import json
+import re
 import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -35,15 +37,11 @@ _FORMATS = {
     "instruction/input/output": ("instruction", "output"),
 }
 _OPTIONAL = ("client", "label", "category")
+_TURN = {"role": datasets.Value("string"), "content": datasets.Value("string")}
 _FEATURES = datasets.Features(
     {
-        "messages": datasets.List(
-            {"role": datasets.Value("string"), "content": datasets.Value("string")}
-        ),
-        "client": datasets.Value("string"),
-        "label": datasets.Value("string"),
-        "category": datasets.Value("string"),
-        "source": datasets.Value("string"),
+        "messages": datasets.List(_TURN),
+        **{name: datasets.Value("string") for name in (*_OPTIONAL, "source")},
         "row": datasets.Value("int64"),
         # Only in the cache: why the row cannot be used, and which of its columns were not read.
         "problem": datasets.Value("string"),
@@ -69,20 +67,8 @@ class _Row(NamedTuple):
     place: str = ""
 
 
-class _Parsed(NamedTuple):
-    messages: Conversation
-    client: str | None
-    label: Label | None
-    category: str | None
-    ignored: str | None
-
-
 class _BadRowError(Exception):
     """Says what is wrong with one row."""
-
-
-class _EmptyError(Exception):
-    """A source has no row; `datasets` has no words of its own for that."""
 
 
 def load_samples(
@@ -144,14 +130,16 @@ def report_rejected(bad: Sequence[Rejected], *, total: int, rejected: Path | Non
     warnings.warn(f"left out {len(bad)} of {total} rows{where}:\n{_listed(bad)}", stacklevel=3)
 
 
+def place_of(source: str, row: int) -> str:
+    """Where a row stands, in words: `a.jsonl, line 3`."""
+    has_lines = source.lower().endswith((".jsonl", ".jsonl.gz", ".csv"))
+    return f"{source}, {'line' if has_lines else 'row'} {row}"
+
+
 def _listed(bad: Sequence[Rejected]) -> str:
-    lines = [f"  {each.source}, {_unit(each.source)} {each.row}: {each.reason}" for each in bad]
+    lines = [f"  {place_of(each.source, each.row)}: {each.reason}" for each in bad]
     more = [f"  and {len(bad) - _NUM_SHOWN} more"] if len(bad) > _NUM_SHOWN else []
     return "\n".join(lines[:_NUM_SHOWN] + more)
-
-
-def _unit(source: str) -> str:
-    return "line" if source.lower().endswith((".jsonl", ".jsonl.gz", ".csv")) else "row"
 
 
 def _part_bad_rows(checked: datasets.Dataset) -> tuple[datasets.Dataset, list[Rejected]]:
@@ -166,14 +154,12 @@ def _warn_of_ignored(checked: datasets.Dataset) -> None:
     combinations = pc.unique(checked.data.column("ignored")).drop_null().to_pylist()
     columns = sorted({column for each in combinations for column in each.split(", ")})
     if columns:
-        warnings.warn(
-            f"columns that no sample format has are not read: {', '.join(columns)}", stacklevel=3
-        )
+        warnings.warn(f"columns of no format are not read: {', '.join(columns)}", stacklevel=3)
 
 
 def _load_checked(name: str, *, split: str) -> datasets.Dataset:
     """All rows of one source, bad ones too, with what is wrong with them; cached."""
-    reader = _reader(name)
+    reader = next((read for end, read in _READERS.items() if name.lower().endswith(end)), None)
     if reader is not None:
         path = Path(name)
         if not path.is_file():
@@ -182,9 +168,7 @@ def _load_checked(name: str, *, split: str) -> datasets.Dataset:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         return _cached(lambda: reader(path), source=name, content=content)
     rows = _load_hub(name, split=split)
-    return _cached(
-        lambda: map(_Row, range(len(rows)), rows), source=name, content=rows._fingerprint
-    )
+    return _cached(lambda: map(_Row, count(), rows), source=name, content=rows._fingerprint)
 
 
 def _cached(read: Callable[[], Iterable[_Row]], *, source: str, content: str) -> datasets.Dataset:
@@ -198,10 +182,8 @@ def _cached(read: Callable[[], Iterable[_Row]], *, source: str, content: str) ->
             fingerprint=key,
         )
     except DatasetGenerationError as error:
-        if isinstance(error.__cause__, _EmptyError):
-            message = f"{source} is empty; it needs at least one sample"
-            raise ValueError(message) from error.__cause__
-        raise
+        # The wrapper says only that something failed: an empty source, a full disk.
+        raise error.__cause__ or error from None
     return cast(datasets.Dataset, rows)
 
 
@@ -219,27 +201,29 @@ def _load_hub(name: str, *, split: str) -> datasets.Dataset:
 
 
 def _check_rows(read: Callable[[], Iterable[_Row]], source: str) -> Iterator[dict[str, Any]]:
-    empty = _Parsed([], None, None, None, None)
     number = None
     for number, record, problem, place in read():
-        parsed = empty
+        parsed = dict.fromkeys(("messages", *_OPTIONAL, "ignored"))
         if problem is None:
             try:
                 parsed = _parse(record)
             except _BadRowError as error:
                 problem = str(error)
-        if problem is not None:
-            problem = place + problem
-        yield {**parsed._asdict(), "source": source, "row": number, "problem": problem}
+        problem = problem and place + problem
+        yield {**parsed, "source": source, "row": number, "problem": problem}
     if number is None:
-        raise _EmptyError
+        raise ValueError(f"{source} is empty; it needs at least one sample")
 
 
-def _parse(record: object) -> _Parsed:
+def _parse(record: object) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise _BadRowError(f"holds a {type(record).__name__}, not an object with named fields")
     # Null and absent mean the same: in CSV and Parquet every row has every column.
-    fields = {str(name): value for name, value in record.items() if value is not None}
+    absent = {name for name, value in record.items() if value is None}
+    absent |= {name for name in _OPTIONAL if record.get(name) == ""}
+    # A name that is not UTF-8 could not be reported.
+    names = {name: str(name).encode(errors="replace").decode() for name in record.keys() - absent}
+    fields = {names[name]: value for name, value in record.items() if name in names}
     used = _format_of(fields)
     ignored = fields.keys() - {*used, "input", *_OPTIONAL}
     if "messages" in used:
@@ -251,17 +235,14 @@ def _parse(record: object) -> _Parsed:
         if "instruction" in used and fields.get("input"):
             prompt += "\n\n" + _text(fields, "input")
         answer = _text(fields, used[1])
-        messages = [
-            Turn(role="user", content=prompt),
-            Turn(role="assistant", content=answer),
-        ]
-    return _Parsed(
-        messages,
-        client=_name(fields, "client"),
-        label=_label(fields),
-        category=_name(fields, "category"),
-        ignored=", ".join(sorted(ignored)) or None,
-    )
+        messages = [Turn(role="user", content=prompt), Turn(role="assistant", content=answer)]
+    return {
+        "messages": messages,
+        "client": _name(fields, "client"),
+        "label": _label(fields),
+        "category": _name(fields, "category"),
+        "ignored": ", ".join(sorted(ignored)) or None,
+    }
 
 
 def _format_of(fields: dict[str, Any]) -> tuple[str, ...]:
@@ -285,9 +266,7 @@ def _messages(turns: object) -> Conversation:
     for index, turn in enumerate(turns):
         role = turn.get("role")
         if role not in ("system", "user", "assistant"):
-            raise _BadRowError(
-                f"turn {index} has the role {_short(role)}, not system, user or assistant"
-            )
+            raise _BadRowError(f"turn {index} has role {role!a:.30}, not system, user or assistant")
         name = f"messages[{index}].content"
         content = _text({name: turn.get("content")}, name, may_be_empty=role == "system")
         conversation.append(Turn(role=role, content=content))
@@ -313,24 +292,16 @@ def _text(fields: dict[str, Any], name: str, *, may_be_empty: bool = False) -> s
 
 def _name(fields: dict[str, Any], name: str) -> str | None:
     """A client or category; data sets often number them."""
-    value = fields.get(name)
-    if value is None or value == "":
+    if name not in fields:
         return None
-    return str(value) if type(value) is int else _text(fields, name)
+    return str(fields[name]) if type(fields[name]) is int else _text(fields, name)
 
 
 def _label(fields: dict[str, Any]) -> Label | None:
     value = fields.get("label")
-    if value is None or value == "":
-        return None
-    if value not in ("safe", "unsafe"):
-        raise _BadRowError(f"`label` is {_short(value)}, not safe or unsafe")
-    return cast(Label, value)
-
-
-def _short(value: object) -> str:
-    text = ascii(value)
-    return text if len(text) <= 30 else text[:27] + "..."
+    if value not in (None, "safe", "unsafe"):
+        raise _BadRowError(f"`label` is {value!a:.30}, not safe or unsafe")
+    return cast(Label | None, value)
 
 
 def _read_jsonl(path: Path) -> Iterator[_Row]:
@@ -349,39 +320,34 @@ def _read_jsonl(path: Path) -> Iterator[_Row]:
 def _json_row(number: int, line: str) -> _Row:
     try:
         return _Row(number, json.loads(line))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         return _Row(number, None, f"broken JSON: {error}")
 
 
 def _read_json(path: Path) -> Iterator[_Row]:
     """Rows of a list, one at a time: the text is in memory, its rows as objects are not."""
-    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    decode = json.JSONDecoder().raw_decode
-    skip = json.decoder.WHITESPACE.match  # type: ignore[attr-defined]
-    number, line, counted = 0, 1, 0
-    position = skip(text, 0).end()
-    if position == len(text):
+    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape").rstrip()
+    if re.fullmatch(r"\s*(\[\s*\])?", text):
         return
+    decode = json.JSONDecoder().raw_decode
+    skip = cast(Callable[..., re.Match[str]], re.compile(r"\s*").match)
+    number, line, counted, position = 0, 1, 0, skip(text).end()
     if text[position] != "[":
         yield _Row(0, None, "the file is not a list of samples: it does not start with [")
         return
-    while True:
+    while number == 0 or text[position : position + 1] == ",":
         position = skip(text, position + 1).end()
-        if number == 0 and text[position : position + 1] == "]":
-            return
         line, counted = line + text.count("\n", counted, position), position
         place = f"(line {line}) "
         try:
             record, position = decode(text, position)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             yield _Row(number, None, f"broken JSON, nothing is read from here on: {error}", place)
             return
         yield _Row(number, record, place=place)
         number += 1
         position = skip(text, position).end()
-        if text[position : position + 1] != ",":
-            break
-    if text[position:].strip() != "]":
+    if text[position:] != "]":
         problem = "broken JSON, nothing is read from here on: a comma or the only ] must follow"
         yield _Row(number, None, problem, place)
 
@@ -392,25 +358,23 @@ def _read_csv(path: Path) -> Iterator[_Row]:
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         # Strict: a quote that is never closed is an error, not one field with the rest of the file.
         lines = csv.reader(file, strict=True)
-        header = next(lines, [])
-        number = lines.line_num + 1
+        header: list[str] | None = None
         while True:
+            number = lines.line_num + 1
             try:
                 values = next(lines)
             except StopIteration:
                 return
             except csv.Error as error:
                 yield _Row(number, None, f"broken CSV: {error}")
-            else:
-                if values:
-                    yield _csv_row(number, header, values)
-            number = lines.line_num + 1
-
-
-def _csv_row(number: int, header: list[str], values: list[str]) -> _Row:
-    if len(values) != len(header):
-        return _Row(number, None, f"has {len(values)} fields where the header has {len(header)}")
-    return _Row(number, dict(zip(header, values, strict=True)))
+                continue
+            if header is None:
+                header = values
+            elif len(values) == len(header):
+                yield _Row(number, dict(zip(header, values, strict=True)))
+            elif values:
+                problem = f"has {len(values)} fields where the header has {len(header)}"
+                yield _Row(number, None, problem)
 
 
 def _read_parquet(path: Path) -> Iterator[_Row]:
@@ -434,8 +398,3 @@ _READERS: dict[str, Callable[[Path], Iterator[_Row]]] = {
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }
-
-
-def _reader(name: str) -> Callable[[Path], Iterator[_Row]] | None:
-    matching = (read for suffix, read in _READERS.items() if name.lower().endswith(suffix))
-    return next(matching, None)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from fedsafe.data.chat import render_answers, tokenize_rendered
-from fedsafe.data.sources import Rejected, report_rejected
+from fedsafe.data.sources import Rejected, place_of, report_rejected
 
 _CACHE_VERSION = 1
 _BATCH_SIZE = 256
@@ -154,7 +154,7 @@ def _tokenize_batch(
         try:
             rendered.append(render_answers(tokenizer, messages))
         except ValueError as error:
-            raise ValueError(f"{source}, row {row}: {error}") from error
+            raise ValueError(f"{place_of(source, row)}: {error}") from error
     tokenized = tokenize_rendered(tokenizer, rendered, max_length=max_length)
     kept = [i for i, conversation in enumerate(tokenized) if any(conversation.answer_mask)]
     return {
