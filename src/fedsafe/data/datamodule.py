@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import numpy as np
 from lightning import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
@@ -83,7 +82,8 @@ class FederatedDataModule(LightningDataModule):
         super().__init__()
         if tokenizer is not None and train_tokenizer is not None:
             raise ValueError(
-                f"give tokenizer or train_tokenizer, not both; got {tokenizer!r} and {train_tokenizer}"
+                "give tokenizer or train_tokenizer, not both; "
+                f"got {tokenizer!r} and {train_tokenizer}"
             )
         self.path = path
         self.partitioner = partition if partition is not None else IID(num_clients=10)
@@ -107,7 +107,7 @@ class FederatedDataModule(LightningDataModule):
         self._validation: np.ndarray[Any, np.dtype[np.int64]] = np.zeros(0, dtype=np.int64)
         self._labels: list[str | None] = []
 
-    # ---- what others read -------------------------------------------------------------------------------------
+    # ---- what others read ------------------------------------------------------------------------
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -150,7 +150,7 @@ class FederatedDataModule(LightningDataModule):
             "data.seed": self.seed,
         }
 
-    # ---- Lightning's hooks ------------------------------------------------------------------------------------
+    # ---- Lightning's hooks -----------------------------------------------------------------------
 
     def prepare_data(self) -> None:
         """Read, check and tokenise on one process; the others find the result in the cache."""
@@ -201,7 +201,7 @@ class FederatedDataModule(LightningDataModule):
         packs = [(GLOBAL_ADAPTER, np.asarray(group)) for group in groups]
         return DataLoader(_EvaluationPacks(store, packs), batch_size=None)
 
-    # ---- steps ------------------------------------------------------------------------------------------------
+    # ---- steps -----------------------------------------------------------------------------------
 
     def _load(self) -> None:
         if self._store is not None:
@@ -245,7 +245,7 @@ class FederatedDataModule(LightningDataModule):
 
     def _rejected_file(self) -> Path | None:
         """Where to list rejected samples: in the run directory, afresh, by one process."""
-        if self.trainer is None or rank_zero_only.rank != 0:
+        if self.trainer is None or not self.trainer.is_global_zero:
             return None
         file = Path(self.trainer.default_root_dir) / "rejected.jsonl"
         file.unlink(missing_ok=True)

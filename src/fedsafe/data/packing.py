@@ -92,10 +92,10 @@ def count_targets(store: TokenStore, index: int) -> int:
 
 
 def split_by_budget(lengths: NDArray[np.int32], *, max_tokens: int) -> list[list[int]]:
-    """Group samples, longest first, so that a group holds at most `max_tokens` tokens (or a single sample).
+    """Group samples, longest first, into groups of at most `max_tokens` tokens.
 
-    Sorting puts samples of one length together; a group's cost is then close to its number of
-    tokens.
+    A longer sample is a group of its own. Sorting puts samples of one length together, so that a
+    group's cost is close to its number of tokens.
     """
     groups: list[list[int]] = []
     room = 0

@@ -19,8 +19,7 @@ class RefusedUpdateError(ValueError):
 class WeightedMean:
     """Streaming ``sum_k n_k w_k / sum_k n_k``: one running sum, never all clients' copies.
 
-    LoRA's A and B are averaged apart, as in the paper; ``mean(B) @ mean(A)`` is not ``mean(B @
-    A)``.
+    LoRA's A and B are averaged apart; ``mean(B) @ mean(A)`` is not ``mean(B @ A)``.
 
     Args:
         like: A flat float32 adapter; gives the shape and the device.
@@ -47,7 +46,8 @@ class WeightedMean:
             raise ValueError(f"weight is {weight}; a client's weight must be above 0")
         if adapter.shape != self.total.shape:
             raise RefusedUpdateError(
-                f"the adapter has shape {tuple(adapter.shape)}, the global one {tuple(self.total.shape)}"
+                f"the adapter has shape {tuple(adapter.shape)}, "
+                f"the global one {tuple(self.total.shape)}"
             )
         if not bool(torch.isfinite(adapter).all()):
             num_bad = int((~torch.isfinite(adapter)).sum())
@@ -81,7 +81,7 @@ class WeightedMean:
 
 
 def sketch(update: Tensor, signs: Tensor) -> Tensor:
-    """Count sketch of an update, so that angles between clients are known without keeping their updates.
+    """Count sketch of an update: angles between clients without keeping their updates.
 
     Inner products of two sketches estimate those of the updates with a standard error of about
     ``|u| |v| / sqrt(SKETCH_WIDTH)`` (1.6 %); up to `SKETCH_WIDTH` parameters they are exact.

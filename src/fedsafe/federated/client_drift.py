@@ -49,7 +49,11 @@ class ClientDrift(ABC):
         """Take back what the visit learnt; called only when its update was accepted."""
 
     def end_round(self, num_clients: int) -> None:  # noqa: B027
-        """Update the server's side once a round; `num_clients` counts all clients, sampled or not."""
+        """Update the server's side, once a round.
+
+        Args:
+            num_clients: Clients of the federation, sampled or not.
+        """
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint must hold, by name."""
@@ -65,12 +69,15 @@ class _Proximal(Correction):
         self.mu = mu
 
     def apply(self, adapter: FlatAdapter) -> None:
-        distances = torch._foreach_sub(adapter.parameters, adapter.views(self.start))
+        start = adapter.views(self.start)
+        distances = torch._foreach_sub(adapter.parameters, start)
         torch._foreach_add_(adapter.gradients(), distances, alpha=self.mu)
 
 
 class FedProx(ClientDrift):
-    """Adds ``mu / 2 * |w - x_t|^2`` to the local loss, that is ``mu * (w - x_t)`` to its gradient (Li et al. 2020).
+    """Adds ``mu / 2 * |w - x_t|^2`` to the local loss (Li et al. 2020).
+
+    That is ``mu * (w - x_t)`` in the gradient.
 
     Args:
         mu: Strength of the pull towards the global adapter, >= 0; 0 is FedAvg.
@@ -113,7 +120,7 @@ class _ControlVariates(Correction):
 
 
 class Scaffold(ClientDrift):
-    """SCAFFOLD's control variates: local gradients become ``g + c - c_i`` (Karimireddy et al. 2020).
+    """Control variates: local gradients become ``g + c - c_i`` (Karimireddy et al. 2020).
 
     The client's new control variate is the mean of its raw gradients over the visit. Under plain
     SGD that equals the paper's option II, ``c_i - c + (x - y_i) / (K * lr)``, to rounding; under

@@ -40,7 +40,7 @@ class LocalTraining:
         self._num_steps = 0
 
     def begin(self, start: Tensor, *, fresh_optimizer: bool = True) -> None:
-        """Load the adapter to start from, and forget what the optimizer remembers of other clients."""
+        """Load the adapter to start from; the optimizer forgets the client before."""
         self._adapter.write(start)
         if fresh_optimizer:
             self._optimizer.state.clear()

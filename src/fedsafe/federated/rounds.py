@@ -31,7 +31,7 @@ from fedsafe.model.module import LoraLM, refuse_difference
 
 
 class FederatedRounds(Callback):
-    """Makes a fit of `LoraLM` on a `FederatedDataModule` federated: local training, then the server.
+    """Makes a fit of `LoraLM` on a `FederatedDataModule` federated.
 
     `max_epochs` of the Trainer is the number of rounds.
 
@@ -63,7 +63,8 @@ class FederatedRounds(Callback):
     ) -> None:
         if mode != "federated" and (server_optimizer is not None or client_drift is not None):
             raise ValueError(
-                f"mode {mode!r} has no federated server; leave server_optimizer and client_drift out"
+                f"mode {mode!r} has no federated server; "
+                "leave server_optimizer and client_drift out"
             )
         if local_steps is None and local_epochs is None:
             local_epochs = 1
@@ -81,7 +82,7 @@ class FederatedRounds(Callback):
         self._row: dict[str, Any] | None = None
         self._elapsed = 0.0
 
-    # ---- the round ----------------------------------------------------------------------------
+    # ---- the round -------------------------------------------------------------------------------
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: TrainingBatch, batch_idx: int
@@ -170,7 +171,7 @@ class FederatedRounds(Callback):
             self._log.append({**self._row, **measured})
         self._row = None
 
-    # ---- the isolated clients of mode `local` ---------------------------------------------------
+    # ---- the isolated clients of mode `local` ----------------------------------------------------
 
     def on_validation_batch_start(
         self,
@@ -184,7 +185,7 @@ class FederatedRounds(Callback):
         if batch.client != GLOBAL_ADAPTER:
             self._adapter.write(self.server.start_of(batch.client))
 
-    # ---- setting up -----------------------------------------------------------------------------
+    # ---- setting up ------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Plan the run, and refuse a Trainer under which rounds would go wrong silently."""
@@ -265,7 +266,7 @@ class FederatedRounds(Callback):
         self._plan: RoundPlan = self._schedule.plan(round_)
         self._data.position = (round_, batches_done)
 
-    # ---- checkpoints ------------------------------------------------------------------------------
+    # ---- checkpoints -----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """The server, and where the run stands."""
@@ -297,7 +298,7 @@ class FederatedRounds(Callback):
             "federated.algorithm": "+".join(rules),
         }
 
-    # ---- files --------------------------------------------------------------------------------------
+    # ---- files -----------------------------------------------------------------------------------
 
     def _save_adapters(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the new global adapter, or in mode `local` those of the round's clients."""

@@ -35,7 +35,7 @@ class Visit(NamedTuple):
     """One client's local training inside a round."""
 
     round: int
-    index: int
+    number: int
     """Position among the round's visits, from 0."""
     client: int
     num_steps: int
@@ -47,9 +47,12 @@ class BatchKey(NamedTuple):
     """Everything that decides one batch: which samples, and where in the run it stands."""
 
     round: int
+    """From 0."""
     num_rounds: int
     visit: int
+    """Position of the visit in its round, from 0."""
     client: int
+    """Number of the client, from 0."""
     step: int
     """Optimizer step inside the visit, from 0."""
     num_steps: int
@@ -57,7 +60,7 @@ class BatchKey(NamedTuple):
     """Part of the step, from 0, where gradients are accumulated."""
     num_micro: int
     samples: NDArray[np.int64]
-    """Samples of this batch, shape (num_samples,); may be empty when a step has fewer samples than parts."""
+    """Samples of this batch, shape ``(num_samples,)``; none if the step has fewer than parts."""
     step_samples: NDArray[np.int64]
     """Samples of the whole optimizer step; the loss is their mean over answer tokens."""
 
@@ -133,13 +136,13 @@ class Schedule:
         """Check what the user chose."""
         if not 1 <= self.clients_per_round <= len(self.partition):
             raise ValueError(
-                f"clients_per_round is {self.clients_per_round}, but there are {len(self.partition)} clients; "
-                f"choose 1 to {len(self.partition)}"
+                f"clients_per_round is {self.clients_per_round}, but there are "
+                f"{len(self.partition)} clients; choose 1 to {len(self.partition)}"
             )
         if (self.local_steps is None) == (self.local_epochs is None):
             raise ValueError(
-                f"give local_steps or local_epochs, not both or none; got local_steps={self.local_steps} and "
-                f"local_epochs={self.local_epochs}"
+                "give local_steps or local_epochs, not both or none; "
+                f"got local_steps={self.local_steps} and local_epochs={self.local_epochs}"
             )
         for name in ("num_rounds", "batch_size", "local_steps", "local_epochs", "num_micro"):
             value = getattr(self, name)
@@ -158,15 +161,15 @@ class Schedule:
         clients = sorted(
             rng.choice(len(self.partition), self.clients_per_round, replace=False).tolist()
         )
-        visits = [self._visit(round_, index, client) for index, client in enumerate(clients)]
+        visits = [self._visit(round_, number, client) for number, client in enumerate(clients)]
         return RoundPlan(self, round_, visits)
 
-    def _visit(self, round_: int, index: int, client: int) -> Visit:
+    def _visit(self, round_: int, number: int, client: int) -> Visit:
         failed = False
         if self.failure_probability > 0:
             draw = random_stream(Stream.FAILURE, self.seed, round_, client).random()
             failed = draw < self.failure_probability
-        return Visit(round_, index, client, 0 if failed else self.num_steps(client), failed)
+        return Visit(round_, number, client, 0 if failed else self.num_steps(client), failed)
 
     def num_steps(self, client: int) -> int:
         """Optimizer steps of one visit to `client`."""
@@ -183,7 +186,7 @@ class Schedule:
             yield BatchKey(
                 round=visit.round,
                 num_rounds=self.num_rounds,
-                visit=visit.index,
+                visit=visit.number,
                 client=visit.client,
                 step=step,
                 num_steps=visit.num_steps,

@@ -58,6 +58,8 @@ class Server:
         self._drift = drift
         self._isolated = isolated
         self._signs = sketch_signs(start)
+        self._records: list[dict[str, Any]] = []
+        self._sketches: list[Tensor] = []
         self._begin_round()
 
     def start_of(self, client: int) -> Tensor:
@@ -169,8 +171,8 @@ class Server:
 
     def _begin_round(self) -> None:
         self._mean = WeightedMean(self.adapter)
-        self._records: list[dict[str, Any]] = []
-        self._sketches: list[Tensor] = []
+        self._records = []
+        self._sketches = []
         self._bytes_up = self._bytes_down = 0
 
     def _count_bytes(self, *, up: bool) -> None:

@@ -1,7 +1,7 @@
-"""What the server does with the clients' mean adapter: FedAvg, FedAvgM, FedAdagrad, FedYogi, FedAdam.
+"""What the server does with the clients' mean: FedAvg, FedAvgM, FedAdagrad, FedYogi, FedAdam.
 
-Each rule maps ``(x_t, mean_k w_k)`` to ``x_{t+1}`` through the pseudo-gradient ``Delta_t = mean_k
-w_k - x_t``.
+Each rule maps ``(x_t, mean_k w_k)`` to ``x_{t+1}`` through the pseudo-gradient
+``Delta_t = mean_k w_k - x_t``.
 
 References:
     McMahan et al. (2017), Communication-Efficient Learning of Deep Networks from Decentralized
@@ -48,14 +48,14 @@ class ServerOptimizer(ABC):
         self.state = dict(state)
 
     def _moment(self, name: str, like: Tensor, *, initial: float = 0.0) -> Tensor:
-        """The moment `name` on the device of `like`, or a vector of `initial` before the first round."""
+        """The moment `name` on the device of `like`; before the first round, all `initial`."""
         if name not in self.state:
             return torch.full_like(like, initial)
         return self.state[name].to(like.device)
 
 
 class FedAvg(ServerOptimizer):
-    """``x_{t+1} = x_t + learning_rate * Delta_t``; the plain mean at learning rate 1 (McMahan et al. 2017).
+    """``x_{t+1} = x_t + learning_rate * Delta_t`` (McMahan et al. 2017).
 
     Args:
         learning_rate: Server step size; 1 takes the clients' mean as it is.
@@ -73,7 +73,9 @@ class FedAvg(ServerOptimizer):
 
 
 class FedAvgM(ServerOptimizer):
-    """Server momentum: ``v_t = momentum * v_{t-1} + Delta_t``, ``x_{t+1} = x_t + learning_rate * v_t`` (Hsu et al. 2019).
+    """Server momentum (Hsu et al. 2019).
+
+    ``v_t = momentum * v_{t-1} + Delta_t``, ``x_{t+1} = x_t + learning_rate * v_t``.
 
     Args:
         momentum: Share of the last step that is kept, 0 to below 1.
@@ -93,7 +95,7 @@ class FedAvgM(ServerOptimizer):
 
 
 class _Adaptive(ServerOptimizer):
-    """Algorithm 2 of Reddi et al. (2021); members differ in how the second moment ``v_t`` is formed.
+    """Algorithm 2 of Reddi et al. (2021); members differ in the second moment ``v_t``.
 
     ``m_t = beta1 * m_{t-1} + (1 - beta1) * Delta_t``, ``x_{t+1} = x_t + learning_rate * m_t /
     (sqrt(v_t) + tau)``, ``v_{-1} = tau^2``.

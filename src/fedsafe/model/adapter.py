@@ -30,7 +30,7 @@ class FlatAdapter:
         if not trainable:
             raise ValueError("the model has no trainable parameter; add LoRA before training")
         self.names = [name for name, _ in trainable]
-        self.parameters = [p for _, p in trainable]
+        self.parameters: list[Tensor] = [p for _, p in trainable]
         self._sizes = [p.numel() for p in self.parameters]
         self.num_params = sum(self._sizes)
 

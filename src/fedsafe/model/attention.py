@@ -50,8 +50,8 @@ def packed_attention(
     """
     if segment_lengths is None or attention_mask is not None:
         raise ValueError(
-            "packed attention needs segment_lengths and no attention_mask; call model.set_attn_implementation('sdpa') "
-            "before using the model on padded batches or for generation"
+            "packed attention needs segment_lengths and no attention_mask; call "
+            "model.set_attn_implementation('sdpa') before generation or padded batches"
         )
     if kwargs.get("softcap") is not None:
         raise ValueError(

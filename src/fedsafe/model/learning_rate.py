@@ -1,4 +1,4 @@
-"""The learning rate over rounds and inside a visit: a pure function, so that resuming needs no state."""
+"""The learning rate over rounds and inside a visit: a pure function, nothing to resume."""
 
 import math
 from typing import Literal

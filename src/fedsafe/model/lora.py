@@ -2,8 +2,8 @@
 
 References:
     Hu et al. (2022), LoRA: Low-Rank Adaptation of Large Language Models.
-    https://arxiv.org/abs/2106.09685 Dettmers et al. (2023), QLoRA (the 4-bit base).
-    https://arxiv.org/abs/2305.14314
+    https://arxiv.org/abs/2106.09685
+    Dettmers et al. (2023), QLoRA (the 4-bit base). https://arxiv.org/abs/2305.14314
 """
 
 from collections.abc import Sequence
@@ -58,8 +58,8 @@ def load_base(
         )
     except OSError as error:
         raise ValueError(
-            f"no base model at {base!r}: {_first_line(error)}; give the name of a causal language model on the hub, or "
-            "a folder that holds config.json and *.safetensors"
+            f"no base model at {base!r}: {_first_line(error)}; give the name of a causal language "
+            "model on the hub, or a folder that holds config.json and *.safetensors"
         ) from error
     assert isinstance(model, PreTrainedModel)
     return model
@@ -113,7 +113,7 @@ def save_random_base(model: PeftModel, folder: Path) -> None:
 
     For a base with random weights, which exists nowhere else.
     """
-    base = model.get_base_model()
+    base: Any = model.get_base_model()
     weights = {
         name.replace(".base_layer.", "."): tensor
         for name, tensor in base.state_dict().items()
@@ -141,8 +141,8 @@ def _random_base(
         config = AutoConfig.for_model(model_type, **values)
     except ValueError as error:
         raise ValueError(
-            f"{model_type!r} is not a model type of transformers; with from_config, base is a type such as 'llama' or "
-            "'gpt2'"
+            f"{model_type!r} is not a model type of transformers; with from_config, base is a "
+            "type such as 'llama' or 'gpt2'"
         ) from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -22,7 +22,7 @@ _PROBE_TOKENS = 8
 
 
 class LoraLM(LightningModule):
-    """A causal language model whose base is frozen and whose LoRA adapter is trained on packed conversations.
+    """A causal language model: a frozen base and a LoRA adapter, trained on packed samples.
 
     The base is built once, in `configure_model`; checkpoints hold the adapter alone.
 
@@ -132,9 +132,9 @@ class LoraLM(LightningModule):
         return frozen_head_nll(hidden, base.get_output_embeddings().weight, batch.targets)
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Mean loss over the answer tokens of the optimizer step, and this batch's sum for the record."""
+        """Mean loss over the optimizer step's answer tokens, and this batch's sum."""
         nll_sum = self(batch)
-        # Lightning divides by the number of accumulated batches; the normalizer already counts all of them
+        # Lightning divides by the number of accumulated batches; the normalizer counts all of them
         loss = sft_loss(nll_sum, normalizer=batch.normalizer) * batch.key.num_micro
         return {"loss": loss, "nll_sum": nll_sum.detach().sum()}
 
@@ -153,7 +153,7 @@ class LoraLM(LightningModule):
         self.log(name, metric, on_step=False, on_epoch=True, prog_bar=True, batch_size=1)
 
     def on_train_batch_start(self, batch: TrainingBatch, batch_idx: int) -> None:
-        """Set the learning rate and the dropout masks' seed, both from where the batch stands in the run."""
+        """Set the learning rate and the seed of dropout, both from the batch's place in the run."""
         key = batch.key
         rate = self.learning_rate_at(round_=key.round, num_rounds=key.num_rounds, step=key.step)
         for group in self.trainer.optimizers[0].param_groups:
@@ -222,7 +222,7 @@ class LoraLM(LightningModule):
 
     @torch.no_grad()
     def _probe_head(self, batch: Pack) -> bool:
-        """Whether the model's logits are just ``hidden @ weight.T``, bit for bit, with a frozen weight.
+        """Whether the logits are just ``hidden @ weight.T``, bit for bit, with a frozen weight.
 
         Some models cap or scale their logits, or have a bias; those take the slower way through the
         model itself.
@@ -261,6 +261,6 @@ def refuse_difference(saved: dict[str, Any], current: dict[str, Any]) -> None:
     ]
     if differing:
         raise ValueError(
-            f"the checkpoint belongs to another run: {'; '.join(differing)}. Resume with the settings of the run, or "
-            "start a new one in another run_dir"
+            f"the checkpoint belongs to another run: {'; '.join(differing)}. Resume with the "
+            "settings of that run, or start a new run in another directory"
         )

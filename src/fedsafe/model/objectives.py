@@ -11,6 +11,7 @@ References:
     https://arxiv.org/abs/2410.10989
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class _FrozenHeadNLL(torch.autograd.Function):
             size = len(targets)
             block_logits = torch.mm(hidden_ND[block], weight_VD.t(), out=logits[:size])
             probs = torch.softmax(block_logits, 1, dtype=torch.float32, out=probabilities[:size])
-            # the largest probability is exp(0) / sum, so this is the log-sum-exp without another pass of exp
+            # the largest probability is exp(0) / sum: the log-sum-exp without another pass of exp
             log_z = block_logits.amax(1).float() - probs.amax(1).log()
             nll_N[block] = log_z - block_logits.gather(1, targets)[:, 0].float()
             if gradient_ND is not None:
@@ -55,11 +56,11 @@ class _FrozenHeadNLL(torch.autograd.Function):
 
 
 def frozen_head_nll(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:  # noqa: N803
-    """Negative log-likelihood of each target under ``softmax(hidden @ weight.T)``, the weight being frozen.
+    """Negative log-likelihood of each target under ``softmax(hidden @ weight.T)``.
 
     Args:
         hidden_ND: Hidden states that predict the targets, shape ``(N, D)``; gradients flow to them.
-        weight_VD: Output layer, shape ``(V, D)``; gets no gradient.
+        weight_VD: Frozen output layer, shape ``(V, D)``; gets no gradient.
         targets_N: Token ids, shape ``(N,)``.
 
     Returns:
@@ -67,18 +68,22 @@ def frozen_head_nll(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> 
     """
     if len(targets_N) == 0:  # keep the graph, so that a batch without a loss has a (zero) gradient
         return hidden_ND.float().sum(1)
-    result = _FrozenHeadNLL.apply(hidden_ND, weight_VD.to(hidden_ND.dtype), targets_N)
-    assert isinstance(result, Tensor)
-    return result
+    apply: Callable[..., Tensor] = _FrozenHeadNLL.apply
+    return apply(hidden_ND, weight_VD.to(hidden_ND.dtype), targets_N)
 
 
 def nll(logits_NV: Tensor, targets_N: Tensor) -> Tensor:  # noqa: N803
-    """Negative log-likelihood of each target, from logits of shape ``(N, V)``; shape ``(N,)``, nats, float32."""
+    """Negative log-likelihood of each target in nats, shape ``(N,)``, float32.
+
+    Args:
+        logits_NV: Shape ``(N, V)``.
+        targets_N: Token ids, shape ``(N,)``.
+    """
     return nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="none")
 
 
 def sft_loss(nll_N: Tensor, *, normalizer: int) -> Tensor:  # noqa: N803
-    """Supervised fine-tuning: the sum of negative log-likelihoods over answer tokens, divided by `normalizer`.
+    """Supervised fine-tuning: the sum over answer tokens, divided by `normalizer`.
 
     Args:
         nll_N: Nats of each answer token, shape ``(N,)``.
