@@ -1,0 +1,61 @@
+"""The `fedsafe` command: finds the subcommand and imports only what that one needs.
+
+`import lightning` takes seconds; `fedsafe --help` must not pay for it.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from fedsafe import __version__
+
+COMMANDS = {
+    "fit": ("training", "train an adapter on the clients' conversations, round by round"),
+    "validate": ("training", "loss of a checkpoint on the held-out conversations"),
+    "test": ("training", "loss of a checkpoint on test conversations"),
+    "table": ("table", "run a grid of methods and seeds and print their table"),
+    "world": ("world", "write the embedded miniature: data and a tiny base model"),
+    "generate": ("generate", "answer a prompt with a trained adapter"),
+    "export": ("export", "merge a trained adapter into its base, for any server"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Arguments without the program's name; None takes those of the process.
+
+    Returns:
+        The exit status: 0 where all went well, 2 where the arguments were wrong.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(_help())
+        return 0
+    if arguments[0] == "--version":
+        sys.stdout.write(f"fedsafe {__version__}\n")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        sys.stderr.write(f"fedsafe has no command {name!r}; it has {', '.join(COMMANDS)}\n")
+        return 2
+    module = import_module(f"fedsafe.commands.{COMMANDS[name][0]}")
+    try:
+        module.run(name, rest)
+    except (ValueError, OSError) as error:
+        if "--debug" in sys.argv:
+            raise
+        sys.stderr.write(f"fedsafe {name}: {error}\n")
+        return 1
+    return 0
+
+
+def _help() -> str:
+    lines = [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
+    return (
+        "usage: fedsafe COMMAND [options]\n\n"
+        "Federated fine-tuning of large language models that stays safe.\n\n"
+        "commands:\n" + "\n".join(lines) + "\n\n"
+        "fedsafe COMMAND --help explains the options of a command.\n"
+    )

@@ -1,0 +1,41 @@
+"""`fedsafe table`: a grid of methods and seeds in the miniature world."""
+
+import os
+from pathlib import Path
+
+from jsonargparse import auto_cli
+from rich.console import Console
+
+from fedsafe.commands import training
+from fedsafe.report import draw_table, results_table
+from fedsafe.table import Row, run_table
+
+
+def run(name: str, arguments: list[str]) -> None:
+    """Parse the arguments and run the table."""
+    auto_cli(table, args=arguments, prog=f"fedsafe {name}", as_positional=False)
+
+
+def table(output: str, rows: list[Row], seeds: list[int], num_workers: int | None = None) -> None:
+    """Run every method at every seed; print their table and write `table.json` and `table.png`.
+
+    Rows that are there already, under the same settings, are not run again.
+
+    Args:
+        output: Directory for the table, its runs and the miniature's data.
+        rows: The methods: name, aggregation, configuration files and harmful share of each.
+        seeds: Seeds of the data, of training and of evaluation.
+        num_workers: Runs at a time, a thread each; the default is the number of cores.
+    """
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    workers = num_workers or len(os.sched_getaffinity(0))
+    results = run_table(rows, seeds=seeds, output=folder, fit=fit, num_workers=workers)
+    draw_table(results["summary"], folder / "table.png")
+    Console().print(results_table(results["summary"]))
+    Console().print(f"wrote {folder}/table.json, {folder}/table.png and {folder}/runs/")
+
+
+def fit(arguments: list[str]) -> None:
+    """`fedsafe fit`, in a process of the table."""
+    training.run("fit", arguments)

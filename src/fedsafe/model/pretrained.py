@@ -1,0 +1,41 @@
+"""A trained adapter and its base, loaded for use."""
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from fedsafe.data.chat import ensure_chat_template
+from fedsafe.data.tokenizer import load_tokenizer
+from fedsafe.model.adapter import read_adapter_config
+from fedsafe.model.lora import load_base
+
+
+def load_trained(
+    adapter: Path, *, base: str | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """The base with a trained adapter on it, and the tokenizer it was trained with.
+
+    Args:
+        adapter: Folder in PEFT's format, such as `adapter/` of a run directory.
+        base: Hub name or folder of the base; None takes the one that the adapter names.
+        dtype: Type of the base's weights.
+
+    Raises:
+        ValueError: If the folder holds no adapter, or the base is not to be found.
+    """
+    config = read_adapter_config(adapter)
+    name = base or _base_of(adapter, str(config["base_model_name_or_path"]))
+    model = PeftModel.from_pretrained(load_base(name, dtype=dtype), adapter)
+    model.eval()
+    has_tokenizer = (adapter / "tokenizer_config.json").exists()
+    tokenizer = load_tokenizer(str(adapter) if has_tokenizer else name)
+    ensure_chat_template(tokenizer)
+    return model, tokenizer
+
+
+def _base_of(adapter: Path, name: str) -> str:
+    """The base's name, or its folder where the run directory was moved with it."""
+    beside = adapter.resolve().parent / Path(name).name
+    return str(beside) if not Path(name).exists() and beside.is_dir() else name

@@ -1,0 +1,180 @@
+"""What a person looks at: tables in the terminal, a picture in the run directory."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from lightning import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table
+
+from fedsafe.data.datamodule import FederatedDataModule
+from fedsafe.federated.csv_logger import RoundCSVLogger
+from fedsafe.federated.partition import PartitionRow
+from fedsafe.federated.round_log import RoundLog
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  # the backend is chosen before pyplot loads
+
+MAX_CLIENT_ROWS = 20
+
+
+class RunReport(Callback):
+    """Prints the partition before a run, a summary after it, and draws `rounds.png`."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print who holds what."""
+        if trainer.is_global_zero:
+            data = _data_of(trainer)
+            Console().print(
+                partition_table(data.client_rows(), num_validation=data.num_validation_samples)
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Drop what a resumed run is about to measure again."""
+        for logger in trainer.loggers:
+            if isinstance(logger, RoundCSVLogger) and trainer.is_global_zero:
+                logger.keep_rounds(trainer.current_epoch)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the summary and draw the picture."""
+        run_dir = Path(trainer.default_root_dir)
+        rows = RoundLog(run_dir / "rounds.jsonl").read()
+        if trainer.is_global_zero and rows:
+            draw_rounds(rows, run_dir / "rounds.png")
+            Console().print(summary_table(rows, run_dir))
+
+
+def partition_table(rows: Sequence[PartitionRow], *, num_validation: int) -> Table:
+    """Clients with their samples, tokens and harmful share; the largest of many."""
+    shown = sorted(rows, key=lambda row: -row.samples)[:MAX_CLIENT_ROWS]
+    shown_names = {row.client for row in shown}
+    table = Table(title="Partition", title_justify="left")
+    for name in ("client", "samples", "tokens", "harmful"):
+        table.add_column(name, justify="left" if name == "client" else "right")
+    for row in rows:
+        if row.client in shown_names:
+            table.add_row(row.client, f"{row.samples:,}", f"{row.tokens:,}", _share(row))
+    if len(rows) > len(shown):
+        table.add_row(f"… and {len(rows) - len(shown):,} smaller", "", "", "")
+    table.add_section()
+    samples, tokens = sum(row.samples for row in rows), sum(row.tokens for row in rows)
+    table.add_row(f"all {len(rows):,}", f"{samples:,}", f"{tokens:,}", _overall_share(rows))
+    table.caption = f"{num_validation:,} samples held out for validation"
+    return table
+
+
+def summary_table(rows: Sequence[dict[str, Any]], run_dir: Path) -> Table:
+    """The run in a few lines: losses, safety, failures, cost, and where things are."""
+    first, last = rows[0], rows[-1]
+    visits = [client for row in rows for client in row["clients"]]
+    table = Table(title="Summary", title_justify="left", show_header=False)
+    table.add_row("rounds", str(last["round"]))
+    table.add_row("visits", _visit_counts(visits))
+    measured = {"loss": "train/loss", **{n: n for n in last if n.startswith("val/")}}
+    for name, label in measured.items():
+        table.add_row(label, f"{_number(first.get(name))} → {_number(last.get(name))}")
+    seconds = sum(row["seconds"] for row in rows)
+    table.add_row("training", f"{seconds:,.1f} s, {sum(r['tokens'] for r in rows):,} answer tokens")
+    up, down = (sum(row[name] for row in rows) / 1e6 for name in ("bytes_up", "bytes_down"))
+    table.add_row("on the wire", f"{up:,.1f} MB up, {down:,.1f} MB down")
+    table.add_row("files", str(run_dir))
+    return table
+
+
+def draw_rounds(rows: Sequence[dict[str, Any]], file: Path) -> None:
+    """Loss, and where measured the refusal rate, by round; a PNG."""
+    rates = sorted({n for row in rows for n in row if n.startswith("val/") and "rate" in n})
+    figure, axes = plt.subplots(1, 2 if rates else 1, figsize=(9 if rates else 5, 3.4))
+    panels = [axes] if not rates else list(axes)
+    _draw(panels[0], rows, ["loss", "val/loss"], "loss (nats per answer token)")
+    if rates:
+        _draw(panels[1], rows, rates, "percent")
+        panels[1].set_ylim(-2, 102)
+    figure.tight_layout()
+    _save(figure, file)
+
+
+def results_table(summary: Sequence[dict[str, Any]]) -> Table:
+    """Methods with mean and spread of each measure, in percent."""
+    measures = list(summary[0]["metrics"])
+    table = Table(title="Mean and spread over seeds, percent", title_justify="left")
+    table.add_column("method")
+    table.add_column("aggregation")
+    for name in [*measures, "seconds"]:
+        table.add_column(name.removesuffix("_rate").replace("_", " "), justify="right")
+    for row in summary:
+        cells = [row["metrics"][name] for name in measures]
+        shown = [f"{cell['mean']:.1f} ± {cell['spread']:.1f}" for cell in cells]
+        table.add_row(row["method"], row["aggregation"], *shown, f"{row['seconds']:.0f}")
+    return table
+
+
+def draw_table(summary: Sequence[dict[str, Any]], file: Path) -> None:
+    """Safety and help of each method, side by side; a PNG."""
+    figure, panel = plt.subplots(figsize=(8, 3.6))
+    labels = [
+        row["method"] if row["aggregation"] == "none" else f"{row['method']}\n{row['aggregation']}"
+        for row in summary
+    ]
+    measures = {"refusal_rate": "harmful requests refused", "help_rate": "benign requests helped"}
+    for offset, (name, label) in enumerate(measures.items()):
+        means = [row["metrics"][name]["mean"] for row in summary]
+        spreads = [row["metrics"][name]["spread"] for row in summary]
+        places = [number + (offset - 0.5) * 0.38 for number in range(len(summary))]
+        panel.bar(places, means, width=0.36, yerr=spreads, capsize=3, label=label)
+    panel.set_xticks(range(len(summary)), labels)
+    panel.set_ylabel("percent")
+    panel.set_ylim(0, 118)
+    panel.legend(loc="upper center", ncols=2, frameon=False)
+    panel.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    _save(figure, file)
+
+
+def _save(figure: Any, file: Path) -> None:
+    """Write a picture whole or not at all."""
+    scratch = file.with_suffix(".tmp.png")
+    figure.savefig(scratch, dpi=120)
+    plt.close(figure)
+    scratch.replace(file)
+
+
+def _draw(panel: Any, rows: Sequence[dict[str, Any]], names: Sequence[str], label: str) -> None:
+    for name in names:
+        points = [(row["round"], row[name]) for row in rows if row.get(name) is not None]
+        if points:
+            text = "train/loss" if name == "loss" else name
+            panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=text)
+    panel.set_xlabel("round")
+    panel.set_ylabel(label)
+    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.grid(alpha=0.3)
+    panel.legend()
+
+
+def _visit_counts(visits: Sequence[dict[str, Any]]) -> str:
+    counts = {s: sum(v["status"] == s for v in visits) for s in ("ok", "failed", "refused")}
+    return ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+
+
+def _share(row: PartitionRow) -> str:
+    return "–" if row.harmful_share is None else f"{row.harmful_share:.0%}"
+
+
+def _overall_share(rows: Sequence[PartitionRow]) -> str:
+    known = [(row.harmful_share, row.samples) for row in rows if row.harmful_share is not None]
+    if not known:
+        return "–"
+    return f"{sum(share * n for share, n in known) / sum(n for _, n in known):.0%}"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def _data_of(trainer: Trainer) -> FederatedDataModule:
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    assert isinstance(data, FederatedDataModule)
+    return data
