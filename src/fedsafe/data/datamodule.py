@@ -161,13 +161,24 @@ class FederatedDataModule(LightningDataModule):
         self._load()
 
     def train_dataloader(self) -> DataLoader[TrainingBatch]:
-        """The rest of the current round's batches."""
+        """The rest of the current round's batches.
+
+        Raises:
+            ValueError: If every client of the round fails.
+        """
         if self.schedule is None:
             raise ValueError(
                 "there is no schedule of visits; add FederatedRounds to the Trainer's callbacks"
             )
         round_, done = self.position
-        return self._visits_loader(self.schedule.plan(round_), done=done)
+        plan = self.schedule.plan(round_)
+        if len(plan) == 0 and round_ < self.schedule.num_rounds:
+            names = ", ".join(self.schedule.partition.names[v.client] for v in plan.visits)
+            raise ValueError(
+                f"every client of round {round_ + 1} fails ({names}), there would be no update; "
+                "lower failure_probability or sample more clients"
+            )
+        return self._visits_loader(plan, done=done)
 
     def client_dataloader(self, visit: Visit) -> DataLoader[TrainingBatch]:
         """The batches of one visit alone, for a client of a real federation."""

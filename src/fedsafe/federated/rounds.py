@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from fedsafe.data.datamodule import GLOBAL_ADAPTER, EvaluationBatch, FederatedDataModule
 from fedsafe.data.packing import TrainingBatch
@@ -25,6 +26,7 @@ from fedsafe.federated.round_log import RoundLog
 from fedsafe.federated.schedule import RoundPlan, Schedule
 from fedsafe.federated.server import Server
 from fedsafe.federated.server_optimizer import FedAvg, ServerOptimizer
+from fedsafe.federated.trainer_settings import check_trainer
 from fedsafe.model.adapter import save_adapter
 from fedsafe.model.lora import save_random_base
 from fedsafe.model.module import LoraLM, refuse_difference
@@ -36,7 +38,7 @@ class FederatedRounds(Callback):
     `max_epochs` of the Trainer is the number of rounds.
 
     Args:
-        clients_per_round: Clients sampled each round: a number, or a share of all below 1.
+        clients_per_round: Clients sampled each round: a whole number, or a share up to 1.0 (all).
         local_steps: Optimizer steps of a visit; give this or `local_epochs`.
         local_epochs: Passes over a client's samples in a visit.
         mode: `federated`; `local` never averages, each client goes on alone; `central` puts all
@@ -77,10 +79,16 @@ class FederatedRounds(Callback):
         self.client_drift = client_drift
         self.failure_probability = failure_probability
         self.seed = seed
+        self._start_afresh()
+
+    def _start_afresh(self) -> None:
         self._resumed: dict[str, Any] | None = None
         self._local: LocalTraining | None = None
         self._row: dict[str, Any] | None = None
+        self._validated = False
         self._elapsed = 0.0
+        self._fitting = False
+        self._to_evaluate: Tensor | None = None
 
     # ---- the round -------------------------------------------------------------------------------
 
@@ -160,18 +168,35 @@ class FederatedRounds(Callback):
         measured = {
             name: value.item()
             for name, value in trainer.callback_metrics.items()
-            if name.startswith("val/")
+            if name.startswith("val/") and self._validated  # else they are an earlier round's
         }
-        self._save_adapters(trainer, pl_module)
-        self._write_row(measured, is_global_zero=trainer.is_global_zero)
+        self._write_round(trainer, pl_module, measured)
 
-    def _write_row(self, measured: dict[str, float], *, is_global_zero: bool) -> None:
+    def _write_round(
+        self, trainer: Trainer, pl_module: LightningModule, measured: dict[str, float]
+    ) -> None:
         assert self._row is not None
-        if is_global_zero:
+        self._save_adapters(trainer, pl_module)
+        if trainer.is_global_zero:
             self._log.append({**self._row, **measured})
         self._row = None
+        self._validated = False
 
-    # ---- the isolated clients of mode `local` ----------------------------------------------------
+    # ---- evaluation ------------------------------------------------------------------------------
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Load the global adapter where no fit is under way."""
+        self._load_global(pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Load the global adapter: a checkpoint inside a round holds a client's beside it."""
+        self._load_global(pl_module)
+
+    def _load_global(self, pl_module: LightningModule) -> None:
+        if self._to_evaluate is not None:
+            assert isinstance(pl_module, LoraLM)
+            adapter = pl_module.flat_adapter()
+            adapter.write(self._to_evaluate.to(adapter.device))
 
     def on_validation_batch_start(
         self,
@@ -185,20 +210,35 @@ class FederatedRounds(Callback):
         if batch.client != GLOBAL_ADAPTER:
             self._adapter.write(self.server.start_of(batch.client))
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember that the round has figures of its own."""
+        self._validated = self._row is not None
+
     # ---- setting up ------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Plan the run, and refuse a Trainer under which rounds would go wrong silently."""
-        if stage != "fit":
+        self._start_afresh()
+        self._fitting = stage == "fit"
+        if not self._fitting:
             return
-        _check_trainer(trainer, pl_module)
+        check_trainer(trainer)
         data = trainer.datamodule  # type: ignore[attr-defined]
-        assert isinstance(data, FederatedDataModule)
+        if not isinstance(pl_module, LoraLM) or not isinstance(data, FederatedDataModule):
+            raise ValueError(
+                "FederatedRounds trains a LoraLM on a FederatedDataModule; got "
+                f"{type(pl_module).__name__} and {type(data).__name__}"
+            )
         self._data = data
         self._partition = _merged(data.partition) if self.mode == "central" else data.partition
         self._schedule = self._make_schedule(trainer)
         data.schedule = self._schedule
         self._log = RoundLog(Path(trainer.default_root_dir) / "rounds.jsonl")
+        if trainer.ckpt_path is None and self._log.read():
+            raise ValueError(
+                f"{self._log.file.parent} holds another run; resume it with ckpt_path, or give the "
+                "Trainer another default_root_dir"
+            )
         self._go_to(0, batches_done=0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -221,7 +261,7 @@ class FederatedRounds(Callback):
                 save_random_base(pl_module.peft_model, folder)
                 self._data.tokenizer.save_pretrained(folder)
         if self._row is not None:  # killed between the round's last batch and its end
-            self._write_row({}, is_global_zero=trainer.is_global_zero)
+            self._write_round(trainer, pl_module, {})
 
     def _make_schedule(self, trainer: Trainer) -> Schedule:
         sampled = self._num_sampled(len(self._data.partition))
@@ -244,14 +284,14 @@ class FederatedRounds(Callback):
 
     def _num_sampled(self, num_clients: int) -> int:
         """Clients per round as a number."""
-        if isinstance(self.clients_per_round, float) and self.clients_per_round < 1:
-            return max(1, round(self.clients_per_round * num_clients))
-        if self.clients_per_round != int(self.clients_per_round):
+        if isinstance(self.clients_per_round, int):
+            return self.clients_per_round
+        if not 0 < self.clients_per_round <= 1:
             raise ValueError(
                 f"clients_per_round is {self.clients_per_round}; give a whole number of clients, "
-                "or a share below 1"
+                "or a share of them above 0 and up to 1.0"
             )
-        return int(self.clients_per_round)
+        return max(1, round(self.clients_per_round * num_clients))
 
     def _weight(self, client: int) -> float:
         if self.weighting == "uniform":
@@ -282,6 +322,9 @@ class FederatedRounds(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Position the data at once; the server follows when the model is on its device."""
+        if not self._fitting:
+            self._to_evaluate = state_dict["server"]["adapter"]
+            return
         refuse_difference(state_dict["identity"], self._identity())
         self._resumed = state_dict
         self._row = state_dict["row"]
@@ -323,22 +366,3 @@ class FederatedRounds(Callback):
 def _merged(partition: Partition) -> Partition:
     """One client with everything."""
     return replace(partition, offsets=np.array([0, len(partition.order)]), names=("everyone",))
-
-
-def _check_trainer(trainer: Trainer, module: LightningModule) -> None:
-    """Each of these would train something else than asked for, without a sign of it."""
-    if not isinstance(module, LoraLM):
-        raise ValueError(f"FederatedRounds trains a LoraLM; got {type(module).__name__}")
-    if not isinstance(trainer.datamodule, FederatedDataModule):  # type: ignore[attr-defined]
-        raise ValueError("FederatedRounds needs a FederatedDataModule; give datamodule=… to fit")
-    wanted = {"reload_dataloaders_every_n_epochs": 1, "limit_train_batches": 1.0}
-    for name, value in wanted.items():
-        if getattr(trainer, name) != value:
-            raise ValueError(
-                f"Trainer({name}={getattr(trainer, name)!r}): rounds need {name}={value!r}, "
-                "otherwise they would train on the wrong batches"
-            )
-    if trainer.max_epochs is None or trainer.max_epochs < 1:
-        raise ValueError(
-            f"max_epochs is {trainer.max_epochs}; it is the number of rounds, give >= 1"
-        )

@@ -56,6 +56,9 @@ class Server:
         self.own_adapters: dict[int, Tensor] = {}
         self._optimizer = optimizer
         self._drift = drift
+        optimizer.load_state_dict({})  # an earlier run may have left some
+        if drift:
+            drift.load_state_dict({})
         self._isolated = isolated
         self._signs = sketch_signs(start)
         self._records: list[dict[str, Any]] = []

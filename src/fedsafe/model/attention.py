@@ -16,6 +16,9 @@ from transformers import AttentionInterface
 
 PACKED = "fedsafe_packed"
 
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+"""What some layers ask for beyond plain attention: capped scores, sinks, a bias."""
+
 
 def packed_attention(
     module: nn.Module,
@@ -53,9 +56,11 @@ def packed_attention(
             "packed attention needs segment_lengths and no attention_mask; call "
             "model.set_attn_implementation('sdpa') before generation or padded batches"
         )
-    if kwargs.get("softcap") is not None:
+    unknown = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
+    if unknown:
         raise ValueError(
-            "packed attention has no score capping; set model.attention to 'eager' for this model"
+            f"packed attention has no {unknown[0]}, which {type(module).__name__} asks for; "
+            "set model.attention to 'eager' for this model"
         )
     window: int | None = kwargs.get("sliding_window")
     grouped = key.shape[1] != query.shape[1]

@@ -17,8 +17,7 @@ from fedsafe.model.adapter import FlatAdapter
 from fedsafe.model.learning_rate import LearningRateSchedule, learning_rate_factor
 from fedsafe.model.lora import add_lora, load_base
 from fedsafe.model.objectives import frozen_head_nll, nll, sft_loss
-
-_PROBE_TOKENS = 8
+from fedsafe.model.probes import check_isolation, head_is_plain
 
 
 class LoraLM(LightningModule):
@@ -122,7 +121,7 @@ class LoraLM(LightningModule):
         The output layer is computed only where there is a loss.
         """
         if self._head_is_plain is None:
-            self._head_is_plain = self._probe_head(batch)
+            self._head_is_plain = self._probe()
         inputs = self._inputs(batch)
         if not self._head_is_plain:
             logits = self.peft_model(**inputs, logits_to_keep=batch.predictors).logits[0]
@@ -220,32 +219,15 @@ class LoraLM(LightningModule):
             inputs["segment_lengths"] = batch.segment_lengths
         return inputs
 
-    @torch.no_grad()
-    def _probe_head(self, batch: Pack) -> bool:
-        """Whether the logits are just ``hidden @ weight.T``, bit for bit, with a frozen weight.
-
-        Some models cap or scale their logits, or have a bias; those take the slower way through the
-        model itself.
-        """
-        base: Any = self.peft_model.get_base_model()
-        head = base.get_output_embeddings()
-        if type(head) is not torch.nn.Linear or head.bias is not None or head.weight.requires_grad:
-            return False
-        tokens = min(_PROBE_TOKENS, batch.segment_lengths[0])
-        probe = Pack(
-            input_ids=batch.input_ids[:, :tokens],
-            position_ids=batch.position_ids[:, :tokens],
-            segment_lengths=[tokens],
-            predictors=batch.predictors,
-            targets=batch.targets,
-            target_counts=[],
-        )
-        was_training = self.peft_model.training
-        self.peft_model.eval()  # dropout would make the two passes differ
-        hidden = base.base_model(**self._inputs(probe)).last_hidden_state
-        logits = base(**self._inputs(probe)).logits
-        self.peft_model.train(was_training)
-        return torch.equal(head(hidden), logits)
+    def _probe(self) -> bool:
+        """Whether the output layer is a plain product; refuses a model that mixes samples."""
+        model = self.peft_model
+        was_training = model.training
+        model.eval()  # dropout would make two passes differ
+        check_isolation(model.get_base_model(), self._inputs)
+        plain = head_is_plain(model.get_base_model(), self._inputs)
+        model.train(was_training)
+        return plain
 
 
 def refuse_difference(saved: dict[str, Any], current: dict[str, Any]) -> None:

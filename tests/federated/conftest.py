@@ -1,0 +1,127 @@
+"""A tiny federation that trains in a fraction of a second, and one call that runs it."""
+
+import json
+import random
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback, Trainer
+from torch import Tensor
+
+from fedsafe.data.datamodule import FederatedDataModule
+from fedsafe.federated.partition import Natural
+from fedsafe.federated.rounds import FederatedRounds
+from fedsafe.model.module import LoraLM
+
+CLIENT_SIZES = {"ada": 9, "bob": 4, "cyd": 7, "dee": 6}
+"""Samples of each client; with batches of 3, the last batch of some passes is smaller."""
+
+
+@dataclass
+class Federation:
+    """One run and what it left behind."""
+
+    folder: Path
+    module: LoraLM
+    data: FederatedDataModule
+    rounds: FederatedRounds
+    trainer: Trainer
+
+    def fit(self, *, ckpt_path: Path | None = None) -> "Federation":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.trainer.fit(self.module, datamodule=self.data, ckpt_path=ckpt_path)
+        return self
+
+    @property
+    def adapter(self) -> Tensor:
+        """The newest global adapter."""
+        return self.rounds.server.adapter
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """`rounds.jsonl` without the time it took, which no two runs share."""
+        lines = (self.folder / "rounds.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(x).items() if k != "seconds"} for x in lines]
+
+
+FederationMaker = Callable[..., Federation]
+
+
+@pytest.fixture(scope="session")
+def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL file of short conversations of four clients of different sizes."""
+    rng = random.Random(0)
+    words = ["red", "blue", "green", "cat", "dog", "sun", "moon"]
+
+    def sample(client: str) -> dict[str, str]:
+        prompt, response = (" ".join(rng.choices(words, k=rng.randint(1, 4))) for _ in range(2))
+        return {"prompt": prompt, "response": response, "client": client}
+
+    rows = [sample(client) for client, size in CLIENT_SIZES.items() for _ in range(size)]
+    file = tmp_path_factory.mktemp("conversations") / "conversations.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture
+def federation(tmp_path: Path, tiny_gpt2: Path, conversations: Path) -> FederationMaker:
+    """Make a federation; `model`, `data`, `rounds` and `trainer` replace single settings."""
+
+    def make(
+        name: str = "run",
+        *,
+        base: Path = tiny_gpt2,
+        model: dict[str, Any] | None = None,
+        data: dict[str, Any] | None = None,
+        rounds: dict[str, Any] | None = None,
+        trainer: dict[str, Any] | None = None,
+        callbacks: tuple[Callback, ...] = (),
+    ) -> Federation:
+        model = {"base": str(base), "rank": 4, "alpha": 8.0, "learning_rate": 1e-2} | (model or {})
+        data = {
+            "path": str(conversations),
+            "partition": Natural(),
+            "batch_size": 3,
+            "validation_share": 0.0,
+        } | (data or {})
+        rounds = {"clients_per_round": 2} | (rounds or {})
+        if "local_epochs" not in rounds:
+            rounds = {"local_steps": 3} | rounds
+        trainer = {
+            "default_root_dir": tmp_path / name,
+            "max_epochs": 2,
+            "accelerator": "cpu",
+            "reload_dataloaders_every_n_epochs": 1,
+            "use_distributed_sampler": False,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        } | (trainer or {})
+        federated = FederatedRounds(**rounds)
+        return Federation(
+            Path(trainer["default_root_dir"]),
+            LoraLM(**model),
+            FederatedDataModule(**data),
+            federated,
+            Trainer(callbacks=[federated, *callbacks], **trainer),
+        )
+
+    return make
+
+
+@pytest.fixture
+def random_adapters() -> Callable[..., list[Tensor]]:
+    """Some flat adapters with normal values."""
+
+    def make(count: int, *, size: int = 50, seed: int = 0) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.randn(size, generator=generator) for _ in range(count)]
+
+    return make
