@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib as mpl
 from lightning import Callback, LightningModule, Trainer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -15,7 +16,7 @@ from fedsafe.federated.partition import PartitionRow
 from fedsafe.federated.round_log import RoundLog
 
 mpl.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  # the backend is chosen before pyplot loads
+import matplotlib.pyplot as plt  # the backend is chosen before pyplot loads
 
 MAX_CLIENT_ROWS = 20
 
@@ -98,26 +99,34 @@ def draw_rounds(rows: Sequence[dict[str, Any]], file: Path) -> None:
 
 def results_table(summary: Sequence[dict[str, Any]]) -> Table:
     """Methods with mean and spread of each measure, in percent."""
-    measures = list(summary[0]["metrics"])
-    table = Table(title="Mean and spread over seeds, percent", title_justify="left")
-    table.add_column("method")
-    table.add_column("aggregation")
-    for name in [*measures, "seconds"]:
-        table.add_column(name.removesuffix("_rate").replace("_", " "), justify="right")
+    columns = {name: _heading(name) for name in summary[0]["metrics"]}
+    title = "Percent, mean ± spread over the seeds"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("method", no_wrap=True)
+    for heading in [*columns.values(), "seconds"]:
+        table.add_column(heading, justify="right")
     for row in summary:
-        cells = [row["metrics"][name] for name in measures]
-        shown = [f"{cell['mean']:.1f} ± {cell['spread']:.1f}" for cell in cells]
-        table.add_row(row["method"], row["aggregation"], *shown, f"{row['seconds']:.0f}")
+        cells = [row["metrics"][name] for name in columns]
+        # a space that does not break, so that narrow terminals wrap between cells only
+        shown = [f"{cell['mean']:.0f}\N{NO-BREAK SPACE}±{cell['spread']:.0f}" for cell in cells]
+        table.add_row(_name_of(row), *shown, f"{row['seconds']:.0f}")
     return table
+
+
+def _heading(measure: str) -> str:
+    """`help_rate_old` becomes `help old`."""
+    return " ".join(word for word in measure.split("_") if word not in ("rate", "accuracy"))
+
+
+def _name_of(row: dict[str, Any]) -> str:
+    untrained = row["aggregation"] == "none"
+    return str(row["method"]) if untrained else f"{row['method']} · {row['aggregation']}"
 
 
 def draw_table(summary: Sequence[dict[str, Any]], file: Path) -> None:
     """Safety and help of each method, side by side; a PNG."""
     figure, panel = plt.subplots(figsize=(8, 3.6))
-    labels = [
-        row["method"] if row["aggregation"] == "none" else f"{row['method']}\n{row['aggregation']}"
-        for row in summary
-    ]
+    labels = [_name_of(row).replace(" · ", "\n") for row in summary]
     measures = {"refusal_rate": "harmful requests refused", "help_rate": "benign requests helped"}
     for offset, (name, label) in enumerate(measures.items()):
         means = [row["metrics"][name]["mean"] for row in summary]
@@ -160,18 +169,18 @@ def _visit_counts(visits: Sequence[dict[str, Any]]) -> str:
 
 
 def _share(row: PartitionRow) -> str:
-    return "–" if row.harmful_share is None else f"{row.harmful_share:.0%}"
+    return "-" if row.harmful_share is None else f"{row.harmful_share:.0%}"
 
 
 def _overall_share(rows: Sequence[PartitionRow]) -> str:
     known = [(row.harmful_share, row.samples) for row in rows if row.harmful_share is not None]
     if not known:
-        return "–"
+        return "-"
     return f"{sum(share * n for share, n in known) / sum(n for _, n in known):.0%}"
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
+    return "-" if value is None else f"{value:.4g}"
 
 
 def _data_of(trainer: Trainer) -> FederatedDataModule:

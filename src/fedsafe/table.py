@@ -39,7 +39,7 @@ class Row:
     Attributes:
         method: Name of the method, such as `fl`.
         aggregation: Name of the aggregation, or `none` where nothing is trained.
-        configs: Configuration files of `fedsafe fit`, later ones over earlier; none evaluates the base.
+        configs: Configuration files of `fedsafe fit`, later over earlier; none is the base alone.
         harm_share: Share of harmful stand-ins in the clients' data, 0 to 1.
     """
 
@@ -71,7 +71,7 @@ def run_table(
         num_workers: Cells run at a time.
 
     Returns:
-        `rows`: one entry a cell with `method`, `aggregation`, `seed`, `metrics` (percent), `seconds`;
+        `rows`: one entry a cell: `method`, `aggregation`, `seed`, `metrics` (percent), `seconds`;
         `summary`: one entry a row, with mean and spread (standard deviation) over the seeds.
     """
     if not rows or not seeds:

@@ -36,7 +36,7 @@ def export(
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".merging-") as scratch:
         folder = Path(scratch) / "model"
-        model.merge_and_unload(safe_merge=True).save_pretrained(folder)  # type: ignore[operator]
+        model.merge_and_unload(safe_merge=True).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         if target.exists():
             target.rmdir()

@@ -30,6 +30,9 @@ def table(output: str, rows: list[Row], seeds: list[int], num_workers: int | Non
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     workers = num_workers or len(os.sched_getaffinity(0))
+    kept = len(list(folder.glob("runs/*/result.json")))
+    if kept:
+        Console().print(f"{kept} runs kept from before; delete {folder}/runs to run them again")
     results = run_table(rows, seeds=seeds, output=folder, fit=fit, num_workers=workers)
     draw_table(results["summary"], folder / "table.png")
     Console().print(results_table(results["summary"]))

@@ -107,7 +107,7 @@ def _refuse_occupied(run_dir: Path) -> None:
 
 
 def _last_checkpoint(run_dir: Path) -> str | None:
-    """The run's newest checkpoint; None, that is from the start, if it was killed before the first."""
+    """The run's newest checkpoint; None, which is from the start, if there is none yet."""
     file = run_dir / "checkpoints" / LAST
     if file.exists():
         return str(file)

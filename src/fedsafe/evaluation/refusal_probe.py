@@ -67,7 +67,7 @@ class RefusalProbe(Callback):
 
 def opens_with(answer: str, openings: Sequence[str]) -> bool:
     """Whether an answer begins with one of the openings, case and spaces aside."""
-    text = " ".join(answer.lower().replace("’", "'").split())
+    text = " ".join(answer.lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").split())
     return text.startswith(tuple(openings))
 
 

@@ -1,6 +1,5 @@
 """The progress bar of a federated run: `round 3/50 · client 2/5`."""
 
-from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar

@@ -14,7 +14,7 @@ from fedsafe.types import Conversation
 Model = PreTrainedModel | PeftModel
 
 
-def generate_answers(  # noqa: PLR0913
+def generate_answers(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Conversation],
