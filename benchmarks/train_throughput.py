@@ -121,7 +121,10 @@ class _StepLosses(Callback):
 
 
 class PaddedTrainer(Side):
-    """`transformers.Trainer`: padded batches, loss through the model, as OpenFedLLM and FlowerTune train."""
+    """`transformers.Trainer`: padded batches and the model's own loss.
+
+    OpenFedLLM and FlowerTune train like this.
+    """
 
     def __init__(self, setting: Setting, *, dtype: str) -> None:
         self.name = f"transformers.Trainer, padded, {dtype}"
@@ -157,8 +160,8 @@ class Layout(NamedTuple):
 
 
 LAYOUTS = (
-    Layout("bfd packs of the longest row, together", {"packing": True}, packs_per_step=False),
-    Layout("bfd packs of the longest row, one by one", {"packing": True}, packs_per_step=True),
+    Layout("bfd packs together", {"packing": True}, packs_per_step=False),
+    Layout("bfd packs one by one", {"packing": True}, packs_per_step=True),
     Layout("padding-free batch", {"padding_free": True, "max_length": None}, packs_per_step=False),
 )
 """The correct ones that run on any device. `wrapped` packing cuts rows and lets samples see each
@@ -308,7 +311,7 @@ class Result(NamedTuple):
 
 
 def compare(sides: Sequence[Side], *, repeats: int) -> tuple[list[Result], list[list[float]]]:
-    """Warm up once, then take turns; also each side's losses of the warm-up, its very first visit."""
+    """Warm up once, then take turns; also each side's losses of its very first visit."""
     losses = [side.visit().losses for side in sides]
     costs: list[list[Cost]] = [[] for _ in sides]
     for _ in range(repeats):
@@ -340,7 +343,7 @@ def show(sides: Sequence[Side], results: Sequence[Result], losses: Any, *, num_t
 
 
 def build_sides(setting: Setting) -> dict[str, Side]:
-    """The sides by their short names: in float32 and fedsafe in bfloat16 too; on a GPU all in bfloat16."""
+    """The sides by short names: in float32, and fedsafe in bfloat16 too; on a GPU all in bfloat16."""
     dtype = "float32" if setting.device == "cpu" else "bfloat16"
     sides: dict[str, Side] = {"fedsafe": Fedsafe(setting, dtype=dtype)}
     if setting.device == "cpu":

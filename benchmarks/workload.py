@@ -91,14 +91,14 @@ def save_base(shape: Shape, folder: Path) -> Path:
 
 
 def lora_lm(base: Path, *, dtype: str = "float32") -> LoraLM:
-    """fedsafe's model on a saved base, built."""
+    """Fedsafe's model on a saved base, built."""
     module = LoraLM(str(base), dtype=dtype, learning_rate=LEARNING_RATE, **LORA)  # type: ignore[arg-type]
     module.configure_model()
     return module
 
 
 def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """A tokenizer of four special tokens: the rows are tokens already, nothing is tokenised with it."""
+    """A tokenizer of four special tokens; the rows are tokens already, so it has nothing to do."""
     special = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
     tokenizer = Tokenizer(models.WordLevel(special, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -137,7 +137,7 @@ def random_rows(lengths: NDArray[np.int64], *, vocabulary: int, seed: int = 0) -
 
 
 def conversation_lengths(num_rows: int, *, longest: int = 512) -> NDArray[np.int64]:
-    """Log-normal lengths as of real instruction data, median about 120 tokens; the same in every run."""
+    """Log-normal lengths, median about 120 tokens, as of instruction data; always the same."""
     rng = np.random.default_rng(0)
     lengths = [
         min(longest, max(min(24, longest), int(rng.lognormal(4.8, 0.8)))) for _ in range(num_rows)
@@ -179,6 +179,10 @@ class Cost(NamedTuple):
     def __sub__(self, other: "Cost") -> "Cost":
         """What was added since `other`."""
         return Cost(self.wall_seconds - other.wall_seconds, self.cpu_seconds - other.cpu_seconds)
+
+    def __truediv__(self, number: float) -> "Cost":
+        """The share of one of `number` equal pieces."""
+        return Cost(self.wall_seconds / number, self.cpu_seconds / number)
 
 
 class Stopwatch:
@@ -226,7 +230,7 @@ class RoundClock(Callback):
         return self.ends[-1] - self.ends[warm_up - 1]
 
 
-def fit(  # noqa: PLR0913
+def fit(
     module: LoraLM,
     data: FederatedDataModule,
     rounds: FederatedRounds,
