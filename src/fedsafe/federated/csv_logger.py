@@ -3,9 +3,9 @@
 import csv
 from pathlib import Path
 
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.utilities import rank_zero_only
 
 
 class RoundCSVLogger(CSVLogger):
@@ -19,10 +19,9 @@ class RoundCSVLogger(CSVLogger):
         super().__init__(save_dir=run_dir, name="", version="")
 
     @property
+    @rank_zero_experiment
     def experiment(self) -> ExperimentWriter:
         """The writer of the file."""
-        if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
-            return super().experiment  # type: ignore[return-value]  # a dummy
         if self._experiment is None:
             self._experiment = _KeepingWriter(log_dir=self.log_dir)
         assert isinstance(self._experiment, _KeepingWriter)
