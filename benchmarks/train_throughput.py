@@ -343,7 +343,7 @@ def show(sides: Sequence[Side], results: Sequence[Result], losses: Any, *, num_t
 
 
 def build_sides(setting: Setting) -> dict[str, Side]:
-    """The sides by short names: in float32, and fedsafe in bfloat16 too; on a GPU all in bfloat16."""
+    """The sides by short names: float32, and fedsafe in bfloat16 too; on a GPU all in bfloat16."""
     dtype = "float32" if setting.device == "cpu" else "bfloat16"
     sides: dict[str, Side] = {"fedsafe": Fedsafe(setting, dtype=dtype)}
     if setting.device == "cpu":

@@ -1,0 +1,84 @@
+"""Each benchmark's quick mode runs and ends with a line of JSON that has the promised keys."""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+
+needs_peers = pytest.mark.skipif(
+    find_spec("accelerate") is None,
+    reason="transformers.Trainer needs accelerate; pip install 'fedsafe[bench]'",
+)
+needs_trl = pytest.mark.skipif(
+    find_spec("trl") is None, reason="TRL is not installed; pip install 'fedsafe[bench]'"
+)
+needs_psutil = pytest.mark.skipif(
+    find_spec("psutil") is None, reason="psutil is not installed; pip install 'fedsafe[bench]'"
+)
+
+
+def last_line(script: str, *arguments: str) -> dict[str, Any]:
+    """What a benchmark prints last."""
+    finished = subprocess.run(
+        [sys.executable, str(FOLDER / script), "--quick", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    figures = json.loads(finished.stdout.splitlines()[-1])
+    assert figures["quick"] is True
+    return figures
+
+
+@pytest.fixture(scope="module")
+def throughput() -> dict[str, Any]:
+    return last_line("train_throughput.py", "--threads", "1")
+
+
+@pytest.mark.slow
+@needs_peers
+def test_throughput_compares_with_the_padded_trainer(throughput: dict[str, Any]) -> None:
+    assert throughput["vs_hf_trainer_fp32"] > 0
+    assert throughput["bf16_vs_hf_trainer_fp32"] > 0
+    assert throughput["tokens_per_second"].keys() >= {"fedsafe", "fedsafe_bf16", "hf_trainer"}
+    assert throughput["device"] == "cpu"
+    assert throughput["threads"] == 1
+
+
+@pytest.mark.slow
+@needs_peers
+def test_throughput_sides_start_from_the_same_loss(throughput: dict[str, Any]) -> None:
+    assert throughput["first_loss_difference"] < 1e-3
+
+
+@pytest.mark.slow
+@needs_peers
+@needs_trl
+def test_throughput_compares_with_trl_packing(throughput: dict[str, Any]) -> None:
+    assert throughput["vs_trl_packing_fp32"] > 0
+    assert throughput["trl_layout"]
+
+
+@pytest.mark.slow
+def test_round_overhead_says_where_the_time_goes() -> None:
+    figures = last_line("round_overhead.py", "--threads", "1")
+    assert 0 < figures["overhead_share"] < 1
+    assert isinstance(figures["overhead_ms_per_visit"], float)
+    assert figures["breakdown_ms"]["forward, backward, optimizer"] > 0
+    assert figures["breakdown_ms"]["packing batches"] > 0
+
+
+@pytest.mark.slow
+@needs_psutil
+def test_many_clients_measures_planning_and_memory() -> None:
+    figures = last_line("many_clients.py")
+    assert figures["plan_ms"] > 0
+    assert isinstance(figures["rss_growth_mb"], float)
+    assert figures["clients"] == 10_000
