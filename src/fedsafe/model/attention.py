@@ -56,12 +56,7 @@ def packed_attention(
             "packed attention needs segment_lengths and no attention_mask; call "
             "model.set_attn_implementation('sdpa') before generation or padded batches"
         )
-    unknown = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
-    if unknown:
-        raise ValueError(
-            f"packed attention has no {unknown[0]}, which {type(module).__name__} asks for; "
-            "set model.attention to 'eager' for this model"
-        )
+    _refuse_unsupported(module, kwargs)
     window: int | None = kwargs.get("sliding_window")
     grouped = key.shape[1] != query.shape[1]
     outputs = []
@@ -85,6 +80,15 @@ def packed_attention(
             )
         )
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
+
+
+def _refuse_unsupported(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    unknown = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
+    if unknown:
+        raise ValueError(
+            f"packed attention has no {unknown[0]}, which {type(module).__name__} asks for; "
+            "set model.attention to 'eager' for this model"
+        )
 
 
 def _window_mask(query: Tensor, window: int) -> Tensor:

@@ -1,0 +1,52 @@
+import math
+from pathlib import Path
+
+import pytest
+
+from fedsafe.federated.round_log import RoundLog
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> RoundLog:
+    log = RoundLog(tmp_path / "run" / "rounds.jsonl")
+    for number in (1, 2, 3):
+        log.append({"round": number, "loss": number / 3})
+    return log
+
+
+def test_rounds_are_read_as_they_were_written(log: RoundLog) -> None:
+    assert log.read() == [{"round": n, "loss": n / 3} for n in (1, 2, 3)]
+    assert log.file.read_text().count("\n") == 3
+
+
+def test_a_log_that_was_never_written_is_empty(tmp_path: Path) -> None:
+    log = RoundLog(tmp_path / "rounds.jsonl")
+    log.keep(0)
+    assert log.read() == []
+    assert not log.file.exists()
+
+
+def test_numbers_that_json_lacks_become_null(log: RoundLog) -> None:
+    log.append({"loss": math.nan, "clients": [{"loss": math.inf, "steps": 3}]})
+    assert log.read()[-1] == {"loss": None, "clients": [{"loss": None, "steps": 3}]}
+
+
+def test_a_last_line_that_a_kill_cut_short_is_left_out(log: RoundLog) -> None:
+    with log.file.open("a") as file:
+        file.write('{"round": 4, "lo')
+    assert [row["round"] for row in log.read()] == [1, 2, 3]
+    log.keep(3)
+    log.append({"round": 4})
+    assert [row["round"] for row in log.read()] == [1, 2, 3, 4]
+
+
+def test_keep_cuts_back_what_a_resumed_run_writes_again(log: RoundLog) -> None:
+    log.keep(1)
+    log.append({"round": 2, "loss": 9.0})
+    assert [row["loss"] for row in log.read()] == [1 / 3, 9.0]
+
+
+def test_keeping_more_rounds_than_there_are_is_refused(log: RoundLog) -> None:
+    with pytest.raises(ValueError, match=r"has 3 rounds, but the checkpoint was written after 4"):
+        log.keep(4)
+    assert len(log.read()) == 3
