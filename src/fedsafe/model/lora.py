@@ -47,15 +47,21 @@ def load_base(
     Raises:
         ValueError: If the model is unknown, or 4 bits cannot run here.
     """
-    if from_config is not None:
-        if quantize_4bit:
-            raise ValueError("quantize_4bit loads trained weights; it has no use with from_config")
-        return _random_base(base, from_config, dtype=dtype, attention=attention, seed=seed)
+    if from_config is not None and quantize_4bit:
+        raise ValueError("quantize_4bit loads trained weights; it has no use with from_config")
     quantization = _four_bit_config(dtype) if quantize_4bit else None
     try:
+        if from_config is not None:
+            return _random_base(base, from_config, dtype=dtype, attention=attention, seed=seed)
         model = AutoModelForCausalLM.from_pretrained(
             base, dtype=dtype, attn_implementation=attention, quantization_config=quantization
         )
+    except KeyError as error:  # a model with a table of its own attention classes
+        if error.args != (attention,):
+            raise
+        raise ValueError(
+            f"{base!r} has no attention {attention!r}; choose another one, such as 'eager'"
+        ) from error
     except OSError as error:
         raise ValueError(
             f"no base model at {base!r}: {_first_line(error)}; give the name of a causal language "

@@ -1,0 +1,133 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from fedsafe.model.adapter import (
+    FlatAdapter,
+    load_adapter_tensors,
+    read_adapter_config,
+    save_adapter,
+)
+from fedsafe.model.lora import save_random_base
+from fedsafe.model.module import LoraLM
+
+ModuleMaker = Callable[..., LoraLM]
+
+
+def test_reading_gives_back_what_was_written(make_module: ModuleMaker) -> None:
+    module = make_module("llama")
+    adapter = module.flat_adapter()
+    vector = torch.randn(adapter.num_params)
+    adapter.write(vector)
+    assert torch.equal(adapter.read(), vector)
+    tensors = get_peft_model_state_dict(module.peft_model, save_embedding_layers=False)
+    assert torch.equal(torch.cat([t.flatten() for t in tensors.values()]), vector)
+
+
+def test_a_read_vector_is_a_copy(make_module: ModuleMaker) -> None:
+    adapter = make_module("gpt2").flat_adapter()
+    before = adapter.read()
+    kept = before.clone()
+    adapter.write(torch.zeros_like(before))
+    assert torch.equal(before, kept)
+
+
+def test_writing_leaves_the_base_alone(make_module: ModuleMaker) -> None:
+    module = make_module("gpt2")
+    frozen = {n: p.clone() for n, p in module.named_parameters() if not p.requires_grad}
+    module.flat_adapter().write(torch.ones(module.flat_adapter().num_params))
+    after = dict(module.named_parameters())
+    assert frozen
+    assert all(torch.equal(value, after[name]) for name, value in frozen.items())
+
+
+def test_views_share_the_vectors_memory() -> None:
+    model = nn.Linear(3, 2)
+    adapter = FlatAdapter(model.named_parameters())
+    vector = torch.zeros(8)
+    weight, bias = adapter.views(vector)
+    weight[1, 2], bias[0] = 5.0, 7.0
+    assert vector.tolist() == [0, 0, 0, 0, 0, 5, 7, 0]
+
+
+def test_a_model_without_trainable_parameters_is_refused() -> None:
+    with pytest.raises(ValueError, match="no trainable parameter; add LoRA"):
+        FlatAdapter(nn.Linear(3, 2).requires_grad_(False).named_parameters())
+
+
+def test_a_parameter_outside_the_loss_is_named() -> None:
+    model = nn.ModuleDict({"used": nn.Linear(2, 1), "unused": nn.Linear(2, 1)})
+    model["used"](torch.ones(1, 2)).sum().backward()
+    with pytest.raises(ValueError, match=r"2 adapter tensors got no gradient.* unused.weight"):
+        FlatAdapter(model.named_parameters()).gradients()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_saved_files_load_with_peft_and_give_the_same_logits(
+    make_module: ModuleMaker, tmp_path: Path, family: str
+) -> None:
+    module = make_module(family)
+    save_random_base(module.peft_model, tmp_path / "base")
+    save_adapter(module.peft_model, tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    ids = torch.tensor([[5, 9, 2, 40, 3]])
+    module.peft_model.get_base_model().set_attn_implementation("sdpa")
+    expected = module.peft_model.eval()(ids).logits
+    plain = base(ids).logits
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    torch.testing.assert_close(loaded(ids).logits, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(plain, expected, atol=1e-2), "the adapter changes nothing"
+    named = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert named["base_model_name_or_path"] == str(tmp_path / "base")
+
+
+def test_saving_again_replaces_every_file_and_leaves_no_scratch(
+    make_module: ModuleMaker, tmp_path: Path
+) -> None:
+    module = make_module("gpt2")
+    save_adapter(module.peft_model, tmp_path / "adapter")
+    module.flat_adapter().write(torch.full((module.flat_adapter().num_params,), 0.25))
+    save_adapter(module.peft_model, tmp_path / "adapter")
+    tensors = load_adapter_tensors(tmp_path / "adapter")
+    assert tensors
+    assert all((tensor == 0.25).all() for tensor in tensors.values())
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_an_interrupted_save_leaves_the_old_adapter_whole(
+    make_module: ModuleMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = make_module("gpt2")
+    save_adapter(module.peft_model, tmp_path / "adapter")
+    before = {f.name: f.read_bytes() for f in (tmp_path / "adapter").iterdir()}
+
+    def full_disk(folder: str, **_: object) -> None:
+        (Path(folder) / "adapter_model.safetensors").write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(module.peft_model, "save_pretrained", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_adapter(module.peft_model, tmp_path / "adapter")
+    assert {f.name: f.read_bytes() for f in (tmp_path / "adapter").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_the_settings_beside_an_adapter_are_read(make_module: ModuleMaker, tmp_path: Path) -> None:
+    save_adapter(make_module("gpt2", rank=3).peft_model, tmp_path)
+    assert read_adapter_config(tmp_path)["r"] == 3
+
+
+@pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_folder_without_an_adapter_is_refused(
+    make_module: ModuleMaker, tmp_path: Path, missing: str
+) -> None:
+    save_adapter(make_module("gpt2").peft_model, tmp_path)
+    (tmp_path / missing).unlink()
+    with pytest.raises(ValueError, match=f"holds no {missing}; give the folder of an adapter"):
+        read_adapter_config(tmp_path)

@@ -1,0 +1,83 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedsafe.model.attention import packed_attention
+
+LENGTHS = [3, 1, 6]
+
+
+def qkv(*, heads: int = 4, kv_heads: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    total, size = sum(LENGTHS), 8
+    query = torch.randn(1, heads, total, size, generator=generator)
+    key, value = (torch.randn(1, kv_heads, total, size, generator=generator) for _ in range(2))
+    return query, key, value
+
+
+def by_loops(
+    query: Tensor, key: Tensor, value: Tensor, *, scaling: float, window: int | None
+) -> Tensor:
+    """Softmax attention, one query position at a time; shape ``(1, T, H, D)``."""
+    heads, total = query.shape[1:3]
+    group = heads // key.shape[1]
+    starts = [sum(LENGTHS[:i]) for i, n in enumerate(LENGTHS) for _ in range(n)]
+    output = torch.empty(1, total, heads, query.shape[3])
+    for head in range(heads):
+        for t in range(total):
+            first = starts[t] if window is None else max(starts[t], t - window + 1)
+            keys, values = (x[0, head // group, first : t + 1] for x in (key, value))
+            output[0, t, head] = torch.softmax(keys @ query[0, head, t] * scaling, 0) @ values
+    return output
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("window", [None, 1, 2, 4, 100])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("scaling", [None, 0.7])
+def test_each_position_attends_to_the_past_of_its_own_sample(
+    window: int | None, kv_heads: int, scaling: float | None
+) -> None:
+    query, key, value = qkv(kv_heads=kv_heads)
+    output, weights = packed_attention(
+        nn.Module(),
+        query,
+        key,
+        value,
+        None,
+        scaling=scaling,
+        segment_lengths=LENGTHS,
+        sliding_window=window,
+    )
+    expected = by_loops(query, key, value, scaling=scaling or 8**-0.5, window=window)
+    assert weights is None
+    torch.testing.assert_close(output, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_dropout_drops_whole_attention_weights() -> None:
+    query, key, _ = qkv()
+    torch.manual_seed(0)
+    output, _ = packed_attention(
+        nn.Module(), query, key, torch.ones_like(key), None, dropout=0.5, segment_lengths=LENGTHS
+    )
+    first = output[0, 0, :, 0]  # one weight of 1, dropped or doubled
+    assert set(first.tolist()) <= {0.0, 2.0}
+    assert not torch.allclose(output, torch.ones(()))
+
+
+@pytest.mark.parametrize("with_mask", [True, False])
+def test_a_call_without_boundaries_or_with_a_mask_is_refused(with_mask: bool) -> None:
+    query, key, value = qkv()
+    mask = torch.ones(1, 1, 10, 10, dtype=torch.bool) if with_mask else None
+    lengths = LENGTHS if with_mask else None
+    with pytest.raises(ValueError, match=r"needs segment_lengths .*set_attn_implementation"):
+        packed_attention(nn.Module(), query, key, value, mask, segment_lengths=lengths)
+
+
+@pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias"])
+def test_what_it_cannot_do_is_refused(name: str) -> None:
+    query, key, value = qkv()
+    with pytest.raises(ValueError, match=f"no {name}, which Linear asks for; set model.attention"):
+        packed_attention(
+            nn.Linear(1, 1), query, key, value, None, segment_lengths=LENGTHS, **{name: 1.0}
+        )
