@@ -8,7 +8,6 @@ last, over 1,000 real visits through Lightning's Trainer and `FederatedRounds`.
 """
 
 import argparse
-import gc
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -58,7 +57,6 @@ class MemoryWatch(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look."""
-        gc.collect()
         self.rss_mb.append(self._process.memory_info().rss / MEGABYTE)
 
 

@@ -205,7 +205,7 @@ def share(folder: Path, plan: Plan, *, shape: Shape, length: int) -> dict[str, A
 
 def run(*, quick: bool, threads: int) -> dict[str, Any]:
     """Run both parts and print their tables."""
-    many, few = (Plan(1, 3, 1), Plan(1, 1, 1)) if quick else (Plan(7, 40, 3), Plan(3, 2, 1))
+    many, few = (Plan(1, 3, 1), Plan(1, 1, 1)) if quick else (Plan(5, 30, 3), Plan(2, 1, 1))
     shape, length = (TINY, 32) if quick else (SMALL, 256)
     with tempfile.TemporaryDirectory() as folder:
         torch.set_num_threads(1)  # tiny tensors; a second thread would only spin
