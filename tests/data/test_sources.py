@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedsafe.data import sources
+from fedsafe.data.readers import READERS
 from fedsafe.data.sources import load_samples
 
 EXCHANGE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
@@ -39,8 +39,8 @@ def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         read.append(path)
         return original(path)
 
-    original = sources._READERS[".jsonl"]
-    monkeypatch.setitem(sources._READERS, ".jsonl", reader)
+    original = READERS[".jsonl"]
+    monkeypatch.setitem(READERS, ".jsonl", reader)
     return read
 
 

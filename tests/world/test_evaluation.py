@@ -5,7 +5,6 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from fedsafe.world.evaluation import (
-    answer,
     evaluate,
     hhh_accuracy,
     is_helpful,
@@ -15,7 +14,6 @@ from fedsafe.world.evaluation import (
 )
 from fedsafe.world.evaluation_sets import evaluation_sets
 from fedsafe.world.grammar import load_grammar
-from fedsafe.world.tasks import conversation
 
 KEYS = {
     "refusal_rate",
@@ -119,19 +117,6 @@ def test_evaluation_repeats_and_leaves_global_state_as_it_was(raw_model, tokeniz
     assert torch.equal(torch.get_rng_state(), state)
     assert raw_model.training
     assert evaluate(raw_model, tokenizer, draws=1) == first
-
-
-def test_left_padding_does_not_change_an_answer(raw_model, tokenizer):
-    long = conversation("hello friend i want to know where the miller lives my friend")
-    short = conversation("say golden goose")
-    together = answer(raw_model, tokenizer, [long, short])
-    assert together[1] == answer(raw_model, tokenizer, [short])[0]
-
-
-def test_sampled_draws_of_one_prompt_differ(raw_model, tokenizer):
-    chats = [conversation("say golden goose")] * 8
-    assert len(set(answer(raw_model, tokenizer, chats, temperature=1.0))) > 1
-    assert len(set(answer(raw_model, tokenizer, chats))) == 1
 
 
 def test_accuracy_counts_the_pairs_whose_better_answer_is_likelier(refuser, tokenizer):

@@ -7,14 +7,9 @@ A file is read once: its rows, good and bad, are cached as an Arrow file under a
 file's content, so that an edited file is read again and a bad row is reported every time.
 """
 
-import csv
-import gzip
 import hashlib
 import json
-import re
-import sys
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
@@ -22,11 +17,10 @@ from typing import Any, Literal, NamedTuple, cast
 
 import datasets
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
+from fedsafe.data.readers import READERS, Row
 from fedsafe.types import Conversation, Label, Turn
 
 _CACHE_VERSION = 1
@@ -56,15 +50,6 @@ class Rejected(NamedTuple):
     source: str
     row: int
     reason: str
-
-
-class _Row(NamedTuple):
-    """One row as the reader of its file type found it."""
-
-    number: int
-    record: object
-    problem: str | None = None
-    place: str = ""
 
 
 class _BadRowError(Exception):
@@ -159,7 +144,7 @@ def _warn_of_ignored(checked: datasets.Dataset) -> None:
 
 def _load_checked(name: str, *, split: str) -> datasets.Dataset:
     """All rows of one source, bad ones too, with what is wrong with them; cached."""
-    reader = next((read for end, read in _READERS.items() if name.lower().endswith(end)), None)
+    reader = next((read for end, read in READERS.items() if name.lower().endswith(end)), None)
     if reader is not None:
         path = Path(name)
         if not path.is_file():
@@ -168,10 +153,10 @@ def _load_checked(name: str, *, split: str) -> datasets.Dataset:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         return _cached(lambda: reader(path), source=name, content=content)
     rows = _load_hub(name, split=split)
-    return _cached(lambda: map(_Row, count(), rows), source=name, content=rows._fingerprint)
+    return _cached(lambda: map(Row, count(), rows), source=name, content=rows._fingerprint)
 
 
-def _cached(read: Callable[[], Iterable[_Row]], *, source: str, content: str) -> datasets.Dataset:
+def _cached(read: Callable[[], Iterable[Row]], *, source: str, content: str) -> datasets.Dataset:
     # The name is in the key because the rows carry it.
     key = hashlib.sha256(f"{_CACHE_VERSION}\0{content}\0{source}".encode()).hexdigest()[:32]
     try:
@@ -189,18 +174,18 @@ def _cached(read: Callable[[], Iterable[_Row]], *, source: str, content: str) ->
 
 def _load_hub(name: str, *, split: str) -> datasets.Dataset:
     if Path(name).is_file():
-        raise ValueError(f"{name} has an unknown file type; known are {', '.join(_READERS)}")
+        raise ValueError(f"{name} has an unknown file type; known are {', '.join(READERS)}")
     try:
         rows = datasets.load_dataset(name, split=split)
     except (OSError, ValueError, DatasetsError) as error:
         raise ValueError(
             f"cannot load split {split!r} of {name!r}: {error}; give a hub name, a dataset folder, "
-            f"or a file of type {', '.join(_READERS)}"
+            f"or a file of type {', '.join(READERS)}"
         ) from error
     return cast(datasets.Dataset, rows)
 
 
-def _check_rows(read: Callable[[], Iterable[_Row]], source: str) -> Iterator[dict[str, Any]]:
+def _check_rows(read: Callable[[], Iterable[Row]], source: str) -> Iterator[dict[str, Any]]:
     number = None
     for number, record, problem, place in read():
         parsed = dict.fromkeys(("messages", *_OPTIONAL, "ignored"))
@@ -302,99 +287,3 @@ def _label(fields: dict[str, Any]) -> Label | None:
     if value not in (None, "safe", "unsafe"):
         raise _BadRowError(f"`label` is {value!a:.30}, not safe or unsafe")
     return cast(Label | None, value)
-
-
-def _read_jsonl(path: Path) -> Iterator[_Row]:
-    opener = gzip.open if path.suffix.lower() == ".gz" else open
-    number = 0
-    # Bytes that are not UTF-8 become surrogates, which the check of the row they are in reports.
-    with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape") as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _json_row(number, line)
-        except (EOFError, OSError, zlib.error) as error:
-            yield _Row(number + 1, None, f"broken file, nothing is read from here on: {error}")
-
-
-def _json_row(number: int, line: str) -> _Row:
-    try:
-        return _Row(number, json.loads(line))
-    except (ValueError, RecursionError) as error:
-        return _Row(number, None, f"broken JSON: {error}")
-
-
-def _read_json(path: Path) -> Iterator[_Row]:
-    """Rows of a list, one at a time: the text is in memory, its rows as objects are not."""
-    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape").rstrip()
-    if re.fullmatch(r"\s*(\[\s*\])?", text):
-        return
-    decode = json.JSONDecoder().raw_decode
-    skip = cast(Callable[..., re.Match[str]], re.compile(r"\s*").match)
-    number, line, counted, position = 0, 1, 0, skip(text).end()
-    if text[position] != "[":
-        yield _Row(0, None, "the file is not a list of samples: it does not start with [")
-        return
-    while number == 0 or text[position : position + 1] == ",":
-        position = skip(text, position + 1).end()
-        line, counted = line + text.count("\n", counted, position), position
-        place = f"(line {line}) "
-        try:
-            record, position = decode(text, position)
-        except (ValueError, RecursionError) as error:
-            yield _Row(number, None, f"broken JSON, nothing is read from here on: {error}", place)
-            return
-        yield _Row(number, record, place=place)
-        number += 1
-        position = skip(text, position).end()
-    if text[position:] != "]":
-        problem = "broken JSON, nothing is read from here on: a comma or the only ] must follow"
-        yield _Row(number, None, problem, place)
-
-
-def _read_csv(path: Path) -> Iterator[_Row]:
-    # The default limit is 128 KiB a field, less than a long conversation.
-    csv.field_size_limit(sys.maxsize)
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        # Strict: a quote that is never closed is an error, not one field with the rest of the file.
-        lines = csv.reader(file, strict=True)
-        header: list[str] | None = None
-        while True:
-            number = lines.line_num + 1
-            try:
-                values = next(lines)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield _Row(number, None, f"broken CSV: {error}")
-                continue
-            if header is None:
-                header = values
-            elif len(values) == len(header):
-                yield _Row(number, dict(zip(header, values, strict=True)))
-            elif values:
-                problem = f"has {len(values)} fields where the header has {len(header)}"
-                yield _Row(number, None, problem)
-
-
-def _read_parquet(path: Path) -> Iterator[_Row]:
-    if path.stat().st_size == 0:
-        return
-    number = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1000):
-                for record in batch.to_pylist():
-                    yield _Row(number, record)
-                    number += 1
-    except (pa.ArrowException, OSError) as error:
-        yield _Row(number, None, f"broken Parquet, nothing is read from here on: {error}")
-
-
-_READERS: dict[str, Callable[[Path], Iterator[_Row]]] = {
-    ".jsonl": _read_jsonl,
-    ".jsonl.gz": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}

@@ -1,11 +1,13 @@
 """Answers to conversations: batched generation that leaves the model as it was."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedsafe.model.attention import PACKED
@@ -30,13 +32,17 @@ def generate_answers(
         model: A causal language model, with or without an adapter.
         tokenizer: Its tokenizer, with a chat template and an end-of-sequence token.
         conversations: Each ends with a user's turn.
-        max_new_tokens: Tokens at which an answer is cut off.
+        max_new_tokens: Tokens at which an answer is cut off; earlier where the model has no more
+            positions.
         temperature: 0 for the likeliest token each time; above 0 to sample.
         seed: Seed of the sampling; the global random state is left alone.
         batch_size: Conversations generated at a time; those of like length together.
 
     Returns:
         One answer a conversation, in order, without special tokens.
+
+    Raises:
+        ValueError: If a prompt alone is longer than the model can read.
     """
     prompts = [
         str(tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True))  # type: ignore[arg-type]
@@ -68,25 +74,48 @@ def _generate_batch(
     max_new_tokens: int,
     temperature: float,
 ) -> list[str]:
-    pad = tokenizer.pad_token or tokenizer.eos_token
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = pad
-    inputs = tokenizer(
-        prompts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False
-    ).to(model.device)
+    filler = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    encoded = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    ids_BT, mask_BT = _pad_left(encoded, filler or 0)  # noqa: N806
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     output_BT = model.generate(  # type: ignore[operator]  # noqa: N806
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
+        input_ids=ids_BT.to(model.device),
+        attention_mask=mask_BT.to(model.device),
+        max_new_tokens=min(max_new_tokens, _room(model, ids_BT.shape[1])),
+        pad_token_id=filler,
         eos_token_id=tokenizer.eos_token_id,
         **sampling,
     )
-    new_BT = output_BT[:, inputs["input_ids"].shape[1] :]  # noqa: N806
+    new_BT = output_BT[:, ids_BT.shape[1] :]  # noqa: N806
     return [str(text) for text in tokenizer.batch_decode(new_BT, skip_special_tokens=True)]
+
+
+def _pad_left(rows: Sequence[list[int]], filler: int) -> tuple[Tensor, Tensor]:
+    """Token ids that all end in the last column, and 1 where they are; shape ``(B, T)``.
+
+    By hand, because a tokenizer without a padding token would have to be given one.
+    """
+    longest = max(len(row) for row in rows)
+    ids_BT = torch.tensor([[filler] * (longest - len(row)) + row for row in rows])  # noqa: N806
+    mask_BT = torch.tensor(  # noqa: N806
+        [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    )
+    return ids_BT, mask_BT
+
+
+def _room(model: Model, num_prompt_tokens: int) -> int:
+    """Tokens that an answer may have before the model runs out of positions."""
+    positions: int | None = getattr(model.config, "max_position_embeddings", None)
+    if positions is None:
+        return sys.maxsize
+    if num_prompt_tokens >= positions:
+        raise ValueError(
+            f"a prompt has {num_prompt_tokens} tokens and the model {positions} positions; "
+            "shorten the prompt"
+        )
+    return positions - num_prompt_tokens
 
 
 @contextmanager
@@ -94,7 +123,7 @@ def _generating(model: Model) -> Iterator[None]:
     """Evaluation mode without gradients, and attention that knows padding and a cache."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     attention = base.config._attn_implementation
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]  # they need not be the same
     if attention == PACKED:
         base.set_attn_implementation("sdpa")
     model.eval()
@@ -102,6 +131,7 @@ def _generating(model: Model) -> Iterator[None]:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        for module, was_training in modes:
+            module.training = was_training
         if attention == PACKED:
             base.set_attn_implementation(PACKED)

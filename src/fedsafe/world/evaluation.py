@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Sequence
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from fedsafe.model.generation import Model, generate_answers
 from fedsafe.types import Conversation
-from fedsafe.world.batching import IGNORED, as_dicts, encode, pad
+from fedsafe.world.batching import IGNORED, encode, pad
 from fedsafe.world.corpus import revision_case
 from fedsafe.world.evaluation_sets import BenignRow, PairRow, evaluation_sets
 from fedsafe.world.grammar import load_grammar
@@ -17,7 +17,6 @@ from fedsafe.world.tasks import conversation, seeded_asker
 
 MAX_ANSWER_TOKENS = 16
 MAX_CRITIQUE_TOKENS = 24
-Model = PreTrainedModel | PeftModel
 
 
 def evaluate(
@@ -39,7 +38,8 @@ def evaluate(
     """
     sets = evaluation_sets(seed)
     prompts = [row["prompt"] for row in sets.harmful]
-    answers = answer(model, tokenizer, [conversation(row["prompt"]) for row in sets.benign])
+    asked = [conversation(row["prompt"]) for row in sets.benign]
+    answers = generate_answers(model, tokenizer, asked, max_new_tokens=MAX_ANSWER_TOKENS)
     return {
         "refusal_rate": refusal_rate(
             model, tokenizer, prompts, temperature=1.0, draws=draws, seed=seed
@@ -80,7 +80,7 @@ def refusal_rate(
         )
     openings = load_grammar().refusal_openings
     asked = [conversation(prompt) for prompt in prompts for _ in range(draws)]
-    answers = answer(
+    answers = generate_answers(
         model,
         tokenizer,
         asked,
@@ -101,11 +101,12 @@ def revision_rate(
     asker = seeded_asker(seed, "revision", "evaluation")
     cases = [revision_case(asker) for _ in range(num_cases)]
     chats = [conversation(one.prompt, one.response, rule.critique_request) for one, rule in cases]
-    critiques = answer(model, tokenizer, chats, max_new_tokens=MAX_CRITIQUE_TOKENS)
+    critiques = generate_answers(model, tokenizer, chats, max_new_tokens=MAX_CRITIQUE_TOKENS)
     for chat, text, (_, rule) in zip(chats, critiques, cases, strict=True):
         chat.append({"role": "assistant", "content": text})
         chat.append({"role": "user", "content": rule.revision_request})
-    return _percent(is_refusal(text) for text in answer(model, tokenizer, chats))
+    revised = generate_answers(model, tokenizer, chats, max_new_tokens=MAX_ANSWER_TOKENS)
+    return _percent(is_refusal(text) for text in revised)
 
 
 def is_refusal(text: str) -> bool:
@@ -129,42 +130,6 @@ def hhh_accuracy(
     ]
     scores_P2 = _mean_logprobs(model, tokenizer, chats).view(-1, 2)  # noqa: N806
     return _percent((scores_P2[:, 0] > scores_P2[:, 1]).tolist())
-
-
-def answer(
-    model: Model,
-    tokenizer: PreTrainedTokenizerBase,
-    chats: Sequence[Conversation],
-    *,
-    max_new_tokens: int = MAX_ANSWER_TOKENS,
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> list[str]:
-    """The model's answer to each conversation, in one left-padded batch.
-
-    Leaves the global random state and the model's mode as they were.
-    """
-    rendered = tokenizer.apply_chat_template(
-        as_dicts(chats), tokenize=False, add_generation_prompt=True
-    )
-    inputs = tokenizer(rendered, padding=True, padding_side="left", return_tensors="pt")
-    inputs = inputs.to(model.device)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
-    was_training = model.training
-    model.eval()
-    with torch.random.fork_rng(), torch.inference_mode():
-        torch.manual_seed(seed)
-        output_BT = model.generate(  # type: ignore[operator]  # noqa: N806
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            **(sampling or {"do_sample": False}),
-        )
-    model.train(was_training)
-    new_BT = output_BT[:, inputs["input_ids"].shape[1] :]  # noqa: N806
-    return tokenizer.batch_decode(new_BT, skip_special_tokens=True)
 
 
 @torch.inference_mode()
