@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from fedsafe.data.datamodule import FederatedDataModule
@@ -100,7 +101,7 @@ def federation(tmp_path: Path, tiny_gpt2: Path, conversations: Path) -> Federati
             "reload_dataloaders_every_n_epochs": 1,
             "use_distributed_sampler": False,
             "logger": False,
-            "enable_checkpointing": False,
+            "enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks),
             "enable_progress_bar": False,
             "enable_model_summary": False,
         } | (trainer or {})

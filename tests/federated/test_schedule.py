@@ -152,9 +152,7 @@ def test_a_million_clients_are_planned_without_looking_at_all_of_them() -> None:
     num_clients = 1_000_000
     offsets = np.arange(num_clients + 1) * 2
     partition = Partition(np.arange(2 * num_clients), offsets, NumberedNames(num_clients))
-    schedule = Schedule(
-        partition, num_rounds=1, clients_per_round=10, batch_size=2, local_epochs=1
-    )
+    schedule = Schedule(partition, num_rounds=1, clients_per_round=10, batch_size=2, local_epochs=1)
     schedule.plan(0)
     tracemalloc.start()
     keys = list(schedule.plan(1).batches())

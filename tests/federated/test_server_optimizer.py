@@ -126,8 +126,6 @@ def test_fedavgm_without_momentum_is_fedavg(random_adapters: RandomAdapters) -> 
         (lambda: FedAdagrad(tau=0.0), "tau of the server optimizer is 0.0"),
     ],
 )
-def test_a_value_out_of_range_is_refused(
-    make: Callable[[], ServerOptimizer], message: str
-) -> None:
+def test_a_value_out_of_range_is_refused(make: Callable[[], ServerOptimizer], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()

@@ -92,9 +92,7 @@ def test_modules_can_be_named_by_their_ending() -> None:
         ({"target_modules": "q_proj"}, "target_modules is 'q_proj'; give a list of names or 'all-"),
     ],
 )
-def test_an_adapter_that_cannot_be_made_is_refused(
-    settings: dict[str, Any], message: str
-) -> None:
+def test_an_adapter_that_cannot_be_made_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         add_lora(load_base("llama", from_config=LLAMA), **LORA | settings)
 

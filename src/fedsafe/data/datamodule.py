@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 from lightning import LightningDataModule
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
@@ -100,11 +101,12 @@ class FederatedDataModule(LightningDataModule):
         self.schedule: Schedule | None = None
         self.position = (0, 0)
         """Round, and batches of it that are done; where `train_dataloader` begins."""
-        self.validated_clients: Sequence[int] = (GLOBAL_ADAPTER,)
+        self.validated_clients = [GLOBAL_ADAPTER]
+        """Whose adapters to validate; may change between validations, its length may not."""
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._store: TokenStore | None = None
         self._partition: Partition | None = None
-        self._validation: np.ndarray[Any, np.dtype[np.int64]] = np.zeros(0, dtype=np.int64)
+        self._validation: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         self._labels: list[str | None] = []
 
     # ---- what others read ------------------------------------------------------------------------
@@ -191,12 +193,8 @@ class FederatedDataModule(LightningDataModule):
             return []
         lengths = self.store.lengths[self._validation]
         groups = split_by_budget(lengths, max_tokens=_EVALUATION_TOKENS)
-        packs = [
-            (client, self._validation[group])
-            for client in self.validated_clients
-            for group in groups
-        ]
-        return DataLoader(_EvaluationPacks(self.store, packs), batch_size=None)
+        packs = [self._validation[group] for group in groups]
+        return _evaluation_loader(self.store, packs, self.validated_clients)
 
     def test_dataloader(self) -> DataLoader[EvaluationBatch]:
         """The test samples, in packs.
@@ -209,8 +207,7 @@ class FederatedDataModule(LightningDataModule):
         samples = load_samples(self.test_path, split=self.split, on_bad_row=self.on_bad_row)
         store = TokenStore(tokenize_samples(samples, self.tokenizer, max_length=self.max_length))
         groups = split_by_budget(store.lengths, max_tokens=_EVALUATION_TOKENS)
-        packs = [(GLOBAL_ADAPTER, np.asarray(group)) for group in groups]
-        return DataLoader(_EvaluationPacks(store, packs), batch_size=None)
+        return _evaluation_loader(store, [np.asarray(g) for g in groups], [GLOBAL_ADAPTER])
 
     # ---- steps -----------------------------------------------------------------------------------
 
@@ -298,15 +295,26 @@ class _TrainingPacks(Dataset[TrainingBatch]):
 
 
 class _EvaluationPacks(Dataset[EvaluationBatch]):
-    def __init__(self, store: TokenStore, packs: Sequence[tuple[int, Any]]) -> None:
+    """Every pack, once for each of `clients`, who are looked up when a batch is made."""
+
+    def __init__(
+        self, store: TokenStore, packs: Sequence[NDArray[np.int64]], clients: Sequence[int]
+    ) -> None:
         self.store = store
         self.packs = packs
+        self.clients = clients
 
     def __len__(self) -> int:
-        return len(self.packs)
+        return len(self.packs) * len(self.clients)
 
     def __getitem__(self, index: int) -> EvaluationBatch:
-        client, samples = self.packs[index]
-        return EvaluationBatch(
-            **vars(pack([self.store[i] for i in samples.tolist()])), client=client
-        )
+        number, place = divmod(index, len(self.packs))
+        packed = pack([self.store[i] for i in self.packs[place].tolist()])
+        return EvaluationBatch(**vars(packed), client=self.clients[number])
+
+
+def _evaluation_loader(
+    store: TokenStore, packs: Sequence[NDArray[np.int64]], clients: Sequence[int]
+) -> DataLoader[EvaluationBatch]:
+    # in this process, which sees the clients change: Lightning would not ask for another loader
+    return DataLoader(_EvaluationPacks(store, packs, clients), batch_size=None, num_workers=0)

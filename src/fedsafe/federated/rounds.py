@@ -156,7 +156,7 @@ class FederatedRounds(Callback):
         self._adapter.write(self.server.adapter)
         self._row = {"round": self._round + 1, **record, "seconds": round(self._elapsed, 3)}
         if self.mode == "local":
-            self._data.validated_clients = [v.client for v in self._plan.visits if not v.failed]
+            self._data.validated_clients[:] = [v.client for v in self._plan.visits]
         self._elapsed = 0.0
         self._go_to(self._round + 1, batches_done=0)
 
@@ -233,12 +233,9 @@ class FederatedRounds(Callback):
         self._partition = _merged(data.partition) if self.mode == "central" else data.partition
         self._schedule = self._make_schedule(trainer)
         data.schedule = self._schedule
+        num_adapters = self._schedule.clients_per_round if self.mode == "local" else 1
+        data.validated_clients = [GLOBAL_ADAPTER] * num_adapters
         self._log = RoundLog(Path(trainer.default_root_dir) / "rounds.jsonl")
-        if trainer.ckpt_path is None and self._log.read():
-            raise ValueError(
-                f"{self._log.file.parent} holds another run; resume it with ckpt_path, or give the "
-                "Trainer another default_root_dir"
-            )
         self._go_to(0, batches_done=0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -253,6 +250,11 @@ class FederatedRounds(Callback):
         )
         if self._resumed is not None:
             self.server.load_state_dict(self._resumed["server"])
+        elif self._log.read():
+            raise ValueError(
+                f"{self._log.file.parent} holds another run; resume it with ckpt_path, or give the "
+                "Trainer another default_root_dir"
+            )
         if trainer.is_global_zero:
             finished = self._round - (self._row is not None)
             self._log.keep(finished)
@@ -352,9 +354,11 @@ class FederatedRounds(Callback):
         if self.mode != "local":
             self._save_adapter(pl_module, run_dir / "adapter")
             return
-        for client in self._data.validated_clients:
-            self._adapter.write(self.server.start_of(client))
-            self._save_adapter(pl_module, run_dir / "adapters" / self._partition.names[client])
+        for visit in self._schedule.plan(self._round - 1).visits:
+            if visit.client in self.server.own_adapters:
+                self._adapter.write(self.server.start_of(visit.client))
+                name = self._partition.names[visit.client]
+                self._save_adapter(pl_module, run_dir / "adapters" / name)
 
     def _save_adapter(self, module: LoraLM, folder: Path) -> None:
         """An adapter and its tokenizer."""

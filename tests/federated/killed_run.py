@@ -1,0 +1,67 @@
+"""A run that saves at every step and may kill itself at one: what test_resume starts."""
+
+import argparse
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from fedsafe.data.datamodule import FederatedDataModule
+from fedsafe.federated.client_drift import Scaffold
+from fedsafe.federated.partition import Natural
+from fedsafe.federated.rounds import FederatedRounds
+from fedsafe.federated.server_optimizer import FedAdam
+from fedsafe.model.module import LoraLM
+
+
+class SigKill(Callback):
+    """Kills the process in the backward pass after `step` steps, or in the validation after them."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_after_backward(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step >= self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step >= self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name in ("base", "conversations", "folder"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--kill-at", type=int)
+    options = parser.parse_args()
+    saving = ModelCheckpoint(
+        options.folder, filename="last", every_n_train_steps=1, enable_version_counter=False
+    )
+    rounds = FederatedRounds(local_steps=3, client_drift=Scaffold(), server_optimizer=FedAdam(0.1))
+    killer = [SigKill(options.kill_at)] if options.kill_at else []
+    trainer = Trainer(
+        default_root_dir=options.folder,
+        max_epochs=2,
+        accelerator="cpu",
+        callbacks=[rounds, saving, *killer],
+        reload_dataloaders_every_n_epochs=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(
+        LoraLM(str(options.base), rank=4, lora_dropout=0.2, learning_rate=1e-2),
+        datamodule=FederatedDataModule(
+            str(options.conversations), Natural(), batch_size=3, validation_share=0.0
+        ),
+        ckpt_path=options.folder / "last.ckpt" if options.resume else None,
+    )
+
+
+if __name__ == "__main__":
+    main()
