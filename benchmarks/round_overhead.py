@@ -9,11 +9,10 @@ a fit does once, are left out.
 
 `overhead_share`: for visits of 10 steps x 8 samples x 256 tokens of a Llama of 7 million
 parameters, the share of CPU time outside forward, backward and optimizer, timed in place: the
-difference of two long runs would be lost in the noise (it is printed as a check).
+difference of two long runs would be lost in the noise.
 """
 
 import argparse
-import statistics
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -128,11 +127,9 @@ def compare(task: Task, *, repeats: int, num_rounds: int, warm_up: int) -> Sides
         for _ in range(repeats)
     ]
     ours, loop = zip(*costs, strict=True)
-    return Sides(_median(ours), _median(loop), _median([a - b for a, b in costs]))
-
-
-def _median(costs: Sequence[Cost]) -> Cost:
-    return Cost(*(statistics.median(column) for column in zip(*costs, strict=True)))
+    return Sides(
+        workload.median(ours), workload.median(loop), workload.median([a - b for a, b in costs])
+    )
 
 
 def profiled(task: Task, *, num_rounds: int, warm_up: int) -> Breakdown:
@@ -146,18 +143,21 @@ def profiled(task: Task, *, num_rounds: int, warm_up: int) -> Breakdown:
 # ---- output -------------------------------------------------------------------------------------
 
 
-def show(title: str, sides: Sides, breakdown: Breakdown, *, num_visits: int) -> None:
-    """Print both sides and the breakdown."""
-    table = Table("per visit", "CPU ms", "wall ms", title=title)
+def show_sides(sides: Sides) -> None:
+    """Print what both sides cost."""
+    table = Table("per visit, 10 steps of a tiny model", "CPU ms", "wall ms")
     for name, cost in sides._asdict().items():
         table.add_row(name, f"{1e3 * cost.cpu_seconds:.2f}", f"{1e3 * cost.wall_seconds:.2f}")
-    parts = Table("where it goes, per visit", "CPU ms", "calls")
+    Console(width=100).print(table)
+
+
+def show_parts(title: str, breakdown: Breakdown, *, num_visits: int) -> None:
+    """Print where the time goes."""
+    table = Table(f"per visit, {title}", "CPU ms", "calls")
     for name, part in breakdown.sorted_parts():
         milliseconds = 1e3 * part.cpu_seconds / num_visits
-        parts.add_row(name, f"{milliseconds:.2f}", f"{part.calls / num_visits:.1f}")
-    console = Console(width=100)
-    console.print(table)
-    console.print(parts)
+        table.add_row(name, f"{milliseconds:.2f}", f"{part.calls / num_visits:.1f}")
+    Console(width=100).print(table)
 
 
 class Plan(NamedTuple):
@@ -174,7 +174,8 @@ def per_visit(folder: Path, plan: Plan) -> dict[str, Any]:
     sides = compare(task, **plan._asdict())
     breakdown = profiled(task, num_rounds=plan.num_rounds, warm_up=plan.warm_up)
     num_visits = plan.num_rounds * CLIENTS_PER_ROUND
-    show("tiny model, 10 steps x 4 x 16 tokens", sides, breakdown, num_visits=num_visits)
+    show_sides(sides)
+    show_parts("10 steps x 4 x 16 tokens", breakdown, num_visits=num_visits)
     return {
         "overhead_ms_per_visit": round(1e3 * sides.overhead.cpu_seconds, 3),
         "bare_ms_per_visit": round(1e3 * sides.bare.cpu_seconds, 3),
@@ -185,33 +186,30 @@ def per_visit(folder: Path, plan: Plan) -> dict[str, Any]:
     }
 
 
-def share(folder: Path, plan: Plan, *, shape: Shape, length: int) -> dict[str, Any]:
-    """The overhead as a share of a realistic visit."""
+def share(folder: Path, *, shape: Shape, length: int, num_rounds: int) -> dict[str, Any]:
+    """The overhead as a share of a realistic visit, after a round to warm up."""
     task = make_task(shape, folder, batch_size=8, length=length)
-    sides = compare(task, **plan._asdict())
-    breakdown = profiled(task, num_rounds=plan.num_rounds, warm_up=plan.warm_up)
-    num_visits = plan.num_rounds * CLIENTS_PER_ROUND
-    show(f"10 steps x 8 x {length} tokens", sides, breakdown, num_visits=num_visits)
-    outside = breakdown.total_cpu_seconds - breakdown.parts[COMPUTE].cpu_seconds
+    breakdown = profiled(task, num_rounds=num_rounds, warm_up=1)
+    num_visits = num_rounds * CLIENTS_PER_ROUND
+    show_parts(f"10 steps x 8 x {length} tokens", breakdown, num_visits=num_visits)
+    total = breakdown.total_cpu_seconds
+    outside = total - breakdown.parts[COMPUTE].cpu_seconds
     return {
-        "overhead_share": round(outside / breakdown.total_cpu_seconds, 5),
+        "overhead_share": round(outside / total, 5),
         "overhead_share_ms_per_visit": round(1e3 * outside / num_visits, 3),
-        "overhead_share_by_difference": round(
-            sides.overhead.cpu_seconds / sides.federated.cpu_seconds, 5
-        ),
-        "share_visit_cpu_seconds": round(sides.federated.cpu_seconds, 3),
+        "overhead_share_visit_cpu_seconds": round(total / num_visits, 3),
     }
 
 
 def run(*, quick: bool, threads: int) -> dict[str, Any]:
     """Run both parts and print their tables."""
-    many, few = (Plan(1, 3, 1), Plan(1, 1, 1)) if quick else (Plan(5, 30, 3), Plan(2, 1, 1))
-    shape, length = (TINY, 32) if quick else (SMALL, 256)
+    plan = Plan(1, 3, 1) if quick else Plan(5, 30, 3)
+    shape, length, num_rounds = (TINY, 32, 1) if quick else (SMALL, 256, 2)
     with tempfile.TemporaryDirectory() as folder:
         torch.set_num_threads(1)  # tiny tensors; a second thread would only spin
-        tiny = per_visit(Path(folder) / "tiny", many)
+        tiny = per_visit(Path(folder) / "tiny", plan)
         torch.set_num_threads(threads)
-        real = share(Path(folder) / "small", few, shape=shape, length=length)
+        real = share(Path(folder) / "small", shape=shape, length=length, num_rounds=num_rounds)
     return {"benchmark": "round_overhead", "quick": quick, **tiny, **real, **workload.machine()}
 
 

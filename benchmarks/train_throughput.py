@@ -8,7 +8,6 @@ turns in one process, so that what else the machine does hits all alike.
 """
 
 import argparse
-import statistics
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -76,8 +75,8 @@ class Side(ABC):
     name: str
 
     @abstractmethod
-    def visit(self) -> Visit:
-        """Train all rows once."""
+    def visit(self, *, first_step_only: bool = False) -> Visit:
+        """Train all rows once, or only those of the first optimizer step."""
 
 
 # ---- the sides ----------------------------------------------------------------------------------
@@ -91,11 +90,12 @@ class Fedsafe(Side):
         self._setting = setting
         self._module = workload.lora_lm(setting.base, dtype=dtype)
 
-    def visit(self) -> Visit:
-        """Train all rows once; aggregation and the writing of files count too."""
+    def visit(self, *, first_step_only: bool = False) -> Visit:
+        """Train; aggregation and the writing of files count too."""
         setting = self._setting
         data = workload.TokenRows(setting.rows, num_clients=1, batch_size=setting.batch_size)
-        rounds = FederatedRounds(clients_per_round=1, local_epochs=1)
+        num_steps = 1 if first_step_only else setting.num_steps
+        rounds = FederatedRounds(clients_per_round=1, local_steps=num_steps)
         losses, clock = _StepLosses(), workload.RoundClock()
         with tempfile.TemporaryDirectory() as folder:
             workload.fit(
@@ -132,13 +132,13 @@ class PaddedTrainer(Side):
         self._model = peer_model(setting, dtype=dtype)
         self._rows = peer_rows(setting)
 
-    def visit(self) -> Visit:
-        """Train all rows once."""
+    def visit(self, *, first_step_only: bool = False) -> Visit:
+        """Train."""
         with tempfile.TemporaryDirectory() as folder:
             trainer = HFTrainer(
                 self._model,
                 TrainingArguments(
-                    **peer_arguments(self._setting, folder),
+                    **peer_arguments(self._setting, folder, first_step_only=first_step_only),
                     per_device_train_batch_size=self._setting.batch_size,
                     train_sampling_strategy="sequential",
                 ),
@@ -178,18 +178,18 @@ class PackedTRL(Side):
         self._layout = layout
         self._rows = peer_rows(setting).remove_columns("attention_mask")
 
-    def visit(self) -> Visit:
-        """Train all rows once."""
+    def visit(self, *, first_step_only: bool = False) -> Visit:
+        """Train."""
         with tempfile.TemporaryDirectory() as folder:
-            return run_peer(self._trainer(folder))
+            return run_peer(self._trainer(folder, first_step_only=first_step_only))
 
-    def _trainer(self, folder: str) -> HFTrainer:
+    def _trainer(self, folder: str, *, first_step_only: bool) -> HFTrainer:
         from trl import SFTConfig, SFTTrainer
 
         batch, accumulation = self._batches()
         settings = {"max_length": self._setting.longest, **self._layout.settings}
         arguments = SFTConfig(
-            **peer_arguments(self._setting, folder),
+            **peer_arguments(self._setting, folder, first_step_only=first_step_only),
             **settings,
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
@@ -245,11 +245,12 @@ def _labelled(row: dict[str, Any]) -> dict[str, Any]:
     return {"labels": labels, "attention_mask": [1] * len(ids)}
 
 
-def peer_arguments(setting: Setting, folder: str) -> dict[str, Any]:
+def peer_arguments(setting: Setting, folder: str, *, first_step_only: bool) -> dict[str, Any]:
     """Settings that make a peer's visit the same training as fedsafe's."""
     return {
         "output_dir": folder,
         "num_train_epochs": 1,
+        "max_steps": 1 if first_step_only else -1,
         "optim": "adamw_torch",
         "learning_rate": LEARNING_RATE,
         "weight_decay": 0.0,
@@ -286,16 +287,15 @@ class _TrainTimer(TrainerCallback):
 
 
 def fastest_trl(setting: Setting, *, dtype: str) -> PackedTRL:
-    """TRL in the layout that trains the first rows fastest, after a warm-up each."""
+    """TRL in the layout that trains the first rows fastest."""
     model = peer_model(setting, dtype=dtype)
     few = setting._replace(rows=setting.rows.select(range(setting.batch_size)))
     seconds = []
     for layout in LAYOUTS:
         side = PackedTRL(few, model, layout, dtype=dtype)
-        side.visit()
         seconds.append(side.visit().cost.wall_seconds)
         speed = few.num_tokens / seconds[-1]
-        print(f"TRL, {layout.name}: {speed:.0f} tokens/s on the first rows")
+        print(f"TRL, {layout.name}: {speed:.0f} tokens/s on the first rows", flush=True)
     best = LAYOUTS[seconds.index(min(seconds))]
     return PackedTRL(setting, peer_model(setting, dtype=dtype), best, dtype=dtype)
 
@@ -304,42 +304,43 @@ def fastest_trl(setting: Setting, *, dtype: str) -> PackedTRL:
 
 
 class Result(NamedTuple):
-    """Medians over the repeats."""
+    """What one side showed."""
 
-    wall_seconds: float
-    cpu_seconds: float
-
-
-def compare(sides: Sequence[Side], *, repeats: int) -> tuple[list[Result], list[list[float]]]:
-    """Warm up once, then take turns; also each side's losses of its very first visit."""
-    losses = [side.visit().losses for side in sides]
-    costs: list[list[Cost]] = [[] for _ in sides]
-    for _ in range(repeats):
-        for side, taken in zip(sides, costs, strict=True):
-            taken.append(side.visit().cost)
-    return [_median(taken) for taken in costs], losses
+    cost: Cost
+    """Of a visit, median over the repeats."""
+    first_loss: float
+    """Of the very first step, before anything is trained."""
+    last_loss: float
 
 
-def _median(costs: Sequence[Cost]) -> Result:
-    return Result(
-        statistics.median(cost.wall_seconds for cost in costs),
-        statistics.median(cost.cpu_seconds for cost in costs),
-    )
+def compare(sides: Sequence[Side], *, repeats: int) -> list[Result]:
+    """One step each to warm up, then whole visits, taking turns."""
+    first = [side.visit(first_step_only=True).losses[0] for side in sides]
+    visits: list[list[Visit]] = [[] for _ in sides]
+    for repeat in range(repeats):
+        for side, done in zip(sides, visits, strict=True):
+            done.append(side.visit())
+            seconds = done[-1].cost.wall_seconds
+            print(f"visit {repeat + 1}/{repeats}, {side.name}: {seconds:.1f} s", flush=True)
+    return [
+        Result(workload.median([visit.cost for visit in done]), loss, done[-1].losses[-1])
+        for done, loss in zip(visits, first, strict=True)
+    ]
 
 
-def show(sides: Sequence[Side], results: Sequence[Result], losses: Any, *, num_tokens: int) -> None:
+def show(sides: Sequence[Side], results: Sequence[Result], *, num_tokens: int) -> None:
     """Print the table."""
-    table = Table("side", "tokens/s", "tokens/CPU s", "seconds", "loss, first step", "last step")
-    for side, result, steps in zip(sides, results, losses, strict=True):
+    table = Table("side", "tokens/s", "tokens/CPU s", "seconds", "first loss", "last loss")
+    for side, result in zip(sides, results, strict=True):
         table.add_row(
             side.name,
-            f"{num_tokens / result.wall_seconds:.0f}",
-            f"{num_tokens / result.cpu_seconds:.0f}",
-            f"{result.wall_seconds:.2f}",
-            f"{steps[0]:.5f}",
-            f"{steps[-1]:.5f}",
+            f"{num_tokens / result.cost.wall_seconds:.0f}",
+            f"{num_tokens / result.cost.cpu_seconds:.0f}",
+            f"{result.cost.wall_seconds:.2f}",
+            f"{result.first_loss:.5f}",
+            f"{result.last_loss:.5f}",
         )
-    Console(width=130).print(table)
+    Console(width=120).print(table)
 
 
 def build_sides(setting: Setting) -> dict[str, Side]:
@@ -381,15 +382,14 @@ def run(*, quick: bool, device: str, repeats: int) -> dict[str, Any]:
         base = workload.save_base(shape, Path(folder))
         setting = Setting(base, rows, batch_size, longest, device)
         sides = build_sides(setting)
-        results, losses = compare(list(sides.values()), repeats=repeats)
-    show(list(sides.values()), results, losses, num_tokens=setting.num_tokens)
-    first = {name: steps[0] for name, steps in zip(sides, losses, strict=True)}
-    difference = abs(first["fedsafe"] - first["hf_trainer"])
+        results = compare(list(sides.values()), repeats=repeats)
+    show(list(sides.values()), results, num_tokens=setting.num_tokens)
+    named = dict(zip(sides, results, strict=True))
+    difference = abs(named["fedsafe"].first_loss - named["hf_trainer"].first_loss)
     verdict = "agree" if difference <= LOSS_TOLERANCE else "DO NOT AGREE"
     print(f"loss of the first step, fedsafe and transformers.Trainer: {verdict} ({difference:.1e})")
-    named = dict(zip(sides, results, strict=True))
-    wall = {name: result.wall_seconds for name, result in named.items()}
-    cpu = {name: result.cpu_seconds for name, result in named.items()}
+    wall = {name: result.cost.wall_seconds for name, result in named.items()}
+    cpu = {name: result.cost.cpu_seconds for name, result in named.items()}
     return {
         "benchmark": "train_throughput",
         "quick": quick,

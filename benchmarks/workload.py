@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import platform
+import statistics
 import time
 import warnings
 from collections.abc import Sequence
@@ -183,6 +184,11 @@ class Cost(NamedTuple):
     def __truediv__(self, number: float) -> "Cost":
         """The share of one of `number` equal pieces."""
         return Cost(self.wall_seconds / number, self.cpu_seconds / number)
+
+
+def median(costs: Sequence[Cost]) -> Cost:
+    """Medians of wall and CPU time, apart."""
+    return Cost(*(statistics.median(column) for column in zip(*costs, strict=True)))
 
 
 class Stopwatch:
