@@ -15,8 +15,10 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from fedsafe.data.datamodule import FederatedDataModule
+from fedsafe.federated.local_training import train_client
 from fedsafe.federated.partition import Natural
 from fedsafe.federated.rounds import FederatedRounds
+from fedsafe.federated.server import Update
 from fedsafe.model.module import LoraLM
 
 CLIENT_SIZES = {"ada": 9, "bob": 4, "cyd": 7, "dee": 6}
@@ -43,6 +45,23 @@ class Federation:
     def adapter(self) -> Tensor:
         """The newest global adapter."""
         return self.rounds.server.adapter
+
+    @property
+    def start(self) -> Tensor:
+        """The adapter that the run began with."""
+        fresh = LoraLM(**self.module.hparams)
+        fresh.configure_model()
+        return fresh.flat_adapter().read()
+
+    def train_alone(self, *, round_: int) -> dict[int, Update]:
+        """What each client of a round gives back, trained by itself from the initial adapter."""
+        return {
+            visit.client: train_client(
+                self.module, self.data.client_dataloader(visit), start=self.start
+            )
+            for visit in self.rounds._schedule.plan(round_).visits
+            if not visit.failed
+        }
 
     @property
     def rows(self) -> list[dict[str, Any]]:

@@ -1,0 +1,82 @@
+"""Runs that would go wrong without a sign of it, and are refused."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+FederationMaker = Callable[..., Any]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        (
+            {"reload_dataloaders_every_n_epochs": 0},
+            "rounds need reload_dataloaders_every_n_epochs=1",
+        ),
+        ({"limit_train_batches": 0.5}, "rounds need limit_train_batches=1.0"),
+        ({"limit_train_batches": 1}, r"limit_train_batches=1\): rounds need .*=1.0"),
+        ({"fast_dev_run": True}, "rounds need limit_train_batches=1.0"),
+        ({"overfit_batches": 1.0}, "rounds need overfit_batches=0.0"),
+        ({"val_check_interval": 0.5}, "half-trained adapter would be validated"),
+        ({"val_check_interval": 1}, "half-trained adapter would be validated"),
+        ({"precision": "bf16-true"}, "'bf16-true'.* would round the adapter, which is averaged in"),
+        ({"max_epochs": -1}, "max_epochs is -1; it is the number of rounds"),
+        ({"max_epochs": None, "max_steps": 5}, "max_epochs is -1; it is the number of rounds"),
+    ],
+)
+def test_a_trainer_that_would_go_wrong_silently_is_refused(
+    federation: FederationMaker, trainer: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        federation(trainer=trainer).fit()
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        GradientAccumulationScheduler({0: 2}),
+        StochasticWeightAveraging(swa_lrs=0.1),
+        EMAWeightAveraging(),
+    ],
+    ids=lambda c: type(c).__name__,
+)
+def test_a_callback_that_knows_of_no_visits_is_refused(
+    federation: FederationMaker, callback: Any
+) -> None:
+    with pytest.raises(ValueError, match=f"cannot run with {type(callback).__name__}"):
+        federation(callbacks=(callback,)).fit()
+
+
+def test_another_module_or_data_module_is_refused(federation: FederationMaker) -> None:
+    run = federation()
+    with pytest.raises(
+        ValueError, match="trains a LoraLM on a FederatedDataModule; got LoraLM and"
+    ):
+        run.trainer.fit(run.module, train_dataloaders=[1])
+    with pytest.raises(ValueError, match="got BoringModel and FederatedDataModule"):
+        run.trainer.fit(BoringModel(), datamodule=run.data)
+
+
+def test_a_folder_with_another_run_is_refused_and_left_as_it_is(
+    federation: FederationMaker,
+) -> None:
+    run = federation().fit()
+    before = (run.folder / "rounds.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="holds another run; resume it with ckpt_path, or give"):
+        federation().fit()
+    assert (run.folder / "rounds.jsonl").read_bytes() == before
+
+
+def test_data_without_rounds_is_refused(federation: FederationMaker) -> None:
+    run = federation()
+    run.trainer.callbacks.remove(run.rounds)
+    with pytest.raises(ValueError, match="no schedule of visits; add FederatedRounds"):
+        run.fit()
