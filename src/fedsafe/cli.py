@@ -3,6 +3,7 @@
 `import lightning` takes seconds; `fedsafe --help` must not pay for it.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -18,6 +19,14 @@ COMMANDS = {
     "generate": ("generate", "answer a prompt with a trained adapter"),
     "export": ("export", "merge a trained adapter into its base, for any server"),
 }
+GO_ON = {
+    "fit": "; the same command with --ckpt_path last goes on from the last finished round",
+    "table": "; the same command goes on where it stopped",
+}
+"""How to go on after Ctrl-C, where a command can."""
+
+INTERRUPTED = 130
+"""The exit status that shells give a command ended by Ctrl-C."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None takes those of the process.
 
     Returns:
-        The exit status: 0 where all went well, 2 where the arguments were wrong.
+        The exit status: 0 where all went well, 1 where the command failed, 2 where the arguments
+        were wrong, 130 where the user interrupted it.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -40,11 +50,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         sys.stderr.write(f"fedsafe has no command {name!r}; it has {', '.join(COMMANDS)}\n")
         return 2
-    module = import_module(f"fedsafe.commands.{COMMANDS[name][0]}")
+    return _run(name, rest)
+
+
+def _run(name: str, arguments: list[str]) -> int:
     try:
-        module.run(name, rest)
+        import_module(f"fedsafe.commands.{COMMANDS[name][0]}").run(name, arguments)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\nfedsafe {name} was interrupted{GO_ON.get(name, '')}\n")
+        return INTERRUPTED
     except (ValueError, OSError) as error:
-        if "--debug" in sys.argv:
+        if os.environ.get("FEDSAFE_DEBUG"):
             raise
         sys.stderr.write(f"fedsafe {name}: {error}\n")
         return 1
@@ -58,4 +74,5 @@ def _help() -> str:
         "Federated fine-tuning of large language models that stays safe.\n\n"
         "commands:\n" + "\n".join(lines) + "\n\n"
         "fedsafe COMMAND --help explains the options of a command.\n"
+        "FEDSAFE_DEBUG=1 in the environment shows where an error came from.\n"
     )

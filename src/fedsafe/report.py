@@ -34,17 +34,20 @@ class RunReport(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop what a resumed run is about to measure again."""
-        for logger in trainer.loggers:
-            if isinstance(logger, RoundCSVLogger) and trainer.is_global_zero:
-                logger.keep_rounds(trainer.current_epoch)
+        for logger in _csv_loggers(trainer):
+            logger.experiment.keep_rounds(trainer.current_epoch)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the summary and draw the picture."""
+        """Complete `metrics.csv`, draw the picture and print the summary."""
         run_dir = Path(trainer.default_root_dir)
         rows = RoundLog(run_dir / "rounds.jsonl").read()
-        if trainer.is_global_zero and rows:
-            draw_rounds(rows, run_dir / "rounds.png")
-            Console().print(summary_table(rows, run_dir))
+        if not trainer.is_global_zero or not rows:
+            return
+        for logger in _csv_loggers(trainer):
+            logger.experiment.complete(rows)
+            logger.save()
+        draw_rounds(rows, run_dir / "rounds.png")
+        Console().print(summary_table(rows, run_dir))
 
 
 def partition_table(rows: Sequence[PartitionRow], *, num_validation: int) -> Table:
@@ -181,6 +184,11 @@ def _overall_share(rows: Sequence[PartitionRow]) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
+
+
+def _csv_loggers(trainer: Trainer) -> list[RoundCSVLogger]:
+    ours = [logger for logger in trainer.loggers if isinstance(logger, RoundCSVLogger)]
+    return ours if trainer.is_global_zero else []
 
 
 def _data_of(trainer: Trainer) -> FederatedDataModule:

@@ -7,8 +7,11 @@ side by side, one thread each, and are kept: an interrupted table goes on where 
 import hashlib
 import json
 import os
+import shutil
 import statistics
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -72,16 +75,27 @@ def run_table(
 
     Returns:
         `rows`: one entry a cell: `method`, `aggregation`, `seed`, `metrics` (percent), `seconds`;
-        `summary`: one entry a row, with mean and spread (standard deviation) over the seeds.
+        `summary`: one entry a row, with mean and spread (standard deviation) over the seeds;
+        `failed`: one entry a cell that could not be run: `run` (its folder) and `error`.
+
+    Raises:
+        ValueError: If there is no row or no seed, or two rows have the same name.
     """
     if not rows or not seeds:
         raise ValueError(f"the table has {len(rows)} rows and {len(seeds)} seeds; give one or more")
     cells = [_cell(row, seed, output) for row in rows for seed in seeds]
+    names = [cell.folder.name for cell in cells]
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise ValueError(
+            f"several rows share a run: {', '.join(doubled)}; give each row and seed once, and "
+            "each row another method or aggregation"
+        )
     for cell in cells:
-        if not cell.world.exists():
+        if not (cell.world / "base").exists():  # the last that is written
             write_world(cell.world, harm_share=cell.row.harm_share, seed=cell.seed)
-    results = _run_cells(cells, fit=fit, num_workers=num_workers)
-    table = {"rows": results, "summary": summarise(results)}
+    results, failed = _run_cells(cells, fit=fit, num_workers=num_workers)
+    table = {"rows": results, "summary": summarise(results), "failed": failed}
     scratch = output / "table.json.tmp"
     scratch.write_text(json.dumps(table, indent=1) + "\n")
     scratch.replace(output / "table.json")
@@ -119,23 +133,41 @@ def _cell(row: Row, seed: int, output: Path) -> Cell:
     return Cell(row, seed, world, output / "runs" / name)
 
 
-def _run_cells(cells: Sequence[Cell], *, fit: Fit, num_workers: int) -> list[dict[str, Any]]:
+def _run_cells(
+    cells: Sequence[Cell], *, fit: Fit, num_workers: int
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Results of the cells that could be run, and why the others could not, in order."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     os.environ["OMP_NUM_THREADS"] = "1"  # before a worker imports torch
-    with (
-        ProcessPoolExecutor(min(num_workers, len(cells)), mp_context=get_context("spawn")) as pool,
-        Progress(*columns, TimeElapsedColumn()) as progress,
-    ):
-        task = progress.add_task(f"table, {num_workers} at a time", total=len(cells))
-        futures: dict[Future[dict[str, Any]], int] = {
-            pool.submit(_run_cell, cell, fit): number for number, cell in enumerate(cells)
-        }
-        results: dict[int, dict[str, Any]] = {}
-        for future in as_completed(futures):
-            number = futures[future]
-            results[number] = future.result()
-            progress.update(task, advance=1, description=cells[number].folder.name)
-    return [results[number] for number in range(len(cells))]
+    pool = ProcessPoolExecutor(min(num_workers, len(cells)), mp_context=get_context("spawn"))
+    results: dict[int, dict[str, Any]] = {}
+    failed: dict[int, dict[str, str]] = {}
+    try:
+        with Progress(*columns, TimeElapsedColumn()) as progress:
+            task = progress.add_task(f"table, {num_workers} at a time", total=len(cells))
+            futures = {pool.submit(_run_cell, cell, fit): n for n, cell in enumerate(cells)}
+            for future in as_completed(futures):
+                number = futures[future]
+                name = cells[number].folder.name
+                outcome = _outcome(future)
+                if isinstance(outcome, str):
+                    failed[number] = {"run": name, "error": outcome}
+                else:
+                    results[number] = outcome
+                progress.update(task, advance=1, description=name)
+    finally:  # after Ctrl-C the cells that wait are not begun
+        pool.shutdown(cancel_futures=True)
+    return [results[n] for n in sorted(results)], [failed[n] for n in sorted(failed)]
+
+
+def _outcome(future: Future[dict[str, Any]]) -> dict[str, Any] | str:
+    """A cell's result, or what went wrong with it."""
+    error = future.exception()
+    if error is None:
+        return future.result()
+    if isinstance(error, KeyboardInterrupt):
+        raise error
+    return f"{type(error).__name__}: {error}"
 
 
 def _run_cell(cell: Cell, fit: Fit) -> dict[str, Any]:
@@ -147,7 +179,7 @@ def _run_cell(cell: Cell, fit: Fit) -> dict[str, Any]:
         if result.pop("digest") == digest:
             return result
     started = time.perf_counter()
-    cell.folder.mkdir(parents=True, exist_ok=True)
+    _clear_other_settings(cell.folder, digest)
     with _output_to(cell.folder / "log.txt"):
         metrics = _train_and_evaluate(cell, fit)
     result = {
@@ -157,8 +189,19 @@ def _run_cell(cell: Cell, fit: Fit) -> dict[str, Any]:
         "metrics": metrics,
         "seconds": round(time.perf_counter() - started, 2),
     }
-    kept.write_text(json.dumps({**result, "digest": digest}))
+    scratch = kept.with_suffix(".tmp")
+    scratch.write_text(json.dumps({**result, "digest": digest}))
+    scratch.replace(kept)
     return result
+
+
+def _clear_other_settings(folder: Path, digest: str) -> None:
+    """Remove what a cell left under other settings: a half-done run of theirs must not go on."""
+    stamp = folder / "settings"
+    if not stamp.exists() or stamp.read_text() != digest:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        stamp.write_text(digest)
 
 
 def _train_and_evaluate(cell: Cell, fit: Fit) -> dict[str, float]:
@@ -216,7 +259,11 @@ def _output_to(file: Path) -> Iterator[None]:
         os.dup2(log.fileno(), 2)
         try:
             yield
+        except Exception:
+            traceback.print_exc()
+            raise
         finally:
+            sys.stdout.flush()
             for number, descriptor in zip((1, 2), saved, strict=True):
                 os.dup2(descriptor, number)
                 os.close(descriptor)

@@ -1,1 +1,1 @@
-"""One module a command; each has `run(name, arguments)`."""
+"""One module a command, each with `run(name, arguments)`; `noise` and `parsing` serve them all."""

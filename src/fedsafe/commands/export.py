@@ -7,12 +7,21 @@ from typing import Literal
 import torch
 from jsonargparse import auto_cli
 
+from fedsafe.commands.noise import quiet_known_noise
+from fedsafe.commands.parsing import CommandParser
 from fedsafe.model.pretrained import load_trained
 
 
 def run(name: str, arguments: list[str]) -> None:
     """Parse the arguments and export."""
-    auto_cli(export, args=arguments, prog=f"fedsafe {name}", as_positional=False)
+    quiet_known_noise()
+    auto_cli(
+        export,
+        args=arguments,
+        prog=f"fedsafe {name}",
+        as_positional=False,
+        parser_class=CommandParser,
+    )
 
 
 def export(

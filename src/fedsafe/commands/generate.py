@@ -5,13 +5,22 @@ from pathlib import Path
 from jsonargparse import auto_cli
 from jsonargparse.typing import NonNegativeFloat, PositiveInt
 
+from fedsafe.commands.noise import quiet_known_noise
+from fedsafe.commands.parsing import CommandParser
 from fedsafe.model.generation import generate_answers
 from fedsafe.model.pretrained import load_trained
 
 
 def run(name: str, arguments: list[str]) -> None:
     """Parse the arguments and answer."""
-    auto_cli(generate, args=arguments, prog=f"fedsafe {name}", as_positional=False)
+    quiet_known_noise()
+    auto_cli(
+        generate,
+        args=arguments,
+        prog=f"fedsafe {name}",
+        as_positional=False,
+        parser_class=CommandParser,
+    )
 
 
 def generate(

@@ -7,19 +7,28 @@ from jsonargparse import auto_cli
 from rich.console import Console
 
 from fedsafe.commands import training
+from fedsafe.commands.noise import quiet_known_noise
+from fedsafe.commands.parsing import CommandParser
 from fedsafe.report import draw_table, results_table
 from fedsafe.table import Row, run_table
 
 
 def run(name: str, arguments: list[str]) -> None:
     """Parse the arguments and run the table."""
-    auto_cli(table, args=arguments, prog=f"fedsafe {name}", as_positional=False)
+    auto_cli(
+        table,
+        args=arguments,
+        prog=f"fedsafe {name}",
+        as_positional=False,
+        parser_class=CommandParser,
+    )
 
 
 def table(output: str, rows: list[Row], seeds: list[int], num_workers: int | None = None) -> None:
     """Run every method at every seed; print their table and write `table.json` and `table.png`.
 
-    Rows that are there already, under the same settings, are not run again.
+    Rows that are there already, under the same settings, are not run again. A run that fails does
+    not stop the others.
 
     Args:
         output: Directory for the table, its runs and the miniature's data.
@@ -27,16 +36,25 @@ def table(output: str, rows: list[Row], seeds: list[int], num_workers: int | Non
         seeds: Seeds of the data, of training and of evaluation.
         num_workers: Runs at a time, a thread each; the default is the number of cores.
     """
+    quiet_known_noise()
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     workers = num_workers or len(os.sched_getaffinity(0))
+    console = Console()
     kept = len(list(folder.glob("runs/*/result.json")))
     if kept:
-        Console().print(f"{kept} runs kept from before; delete {folder}/runs to run them again")
+        console.print(f"{kept} runs kept from before; delete {folder}/runs to run them again")
     results = run_table(rows, seeds=seeds, output=folder, fit=fit, num_workers=workers)
-    draw_table(results["summary"], folder / "table.png")
-    Console().print(results_table(results["summary"]))
-    Console().print(f"wrote {folder}/table.json, {folder}/table.png and {folder}/runs/")
+    if results["summary"]:
+        draw_table(results["summary"], folder / "table.png")
+        console.print(results_table(results["summary"]))
+        console.print(f"wrote {folder}/table.json, {folder}/table.png and {folder}/runs/")
+    if results["failed"]:
+        names = "\n".join(f"  {cell['run']}: {cell['error']}" for cell in results["failed"])
+        raise ValueError(
+            f"{len(results['failed'])} of {len(rows) * len(seeds)} runs failed:\n{names}\n"
+            "Each run's folder holds its log.txt; the same command runs only what is missing."
+        )
 
 
 def fit(arguments: list[str]) -> None:

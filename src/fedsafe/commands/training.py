@@ -1,32 +1,72 @@
 """`fedsafe fit`, `validate` and `test`: LightningCLI with a run directory and rounds."""
 
+import json
+import shutil
 import sys
-import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning import Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
+from fedsafe.commands.noise import quiet_known_noise
+from fedsafe.commands.parsing import exit_with
 from fedsafe.data.datamodule import FederatedDataModule
 from fedsafe.federated.checkpoint import LAST, AtomicCheckpointIO, RoundCheckpoint
 from fedsafe.federated.csv_logger import RoundCSVLogger
 from fedsafe.federated.progress import RoundProgressBar
+from fedsafe.federated.round_log import RoundLog
 from fedsafe.federated.rounds import FederatedRounds
 from fedsafe.model.module import LoraLM
 from fedsafe.report import RunReport
 
-# Kept in the run directory; any of them says that a run has been here.
-RUN_FILES = ("config.yaml", "rounds.jsonl", "checkpoints", "adapter", "adapters")
+RUN_FILES = ("rounds.jsonl", "checkpoints", "adapter", "adapters")
+"""What training leaves in a run directory; any of it says that a run has been here."""
+
+DESCRIPTIONS = {
+    "fit": "Train an adapter on the clients' conversations, round by round.",
+    "validate": "Measure a run's checkpoint on the conversations held out from its clients.",
+    "test": "Measure a run's checkpoint on test conversations (--data.test_path).",
+}
+_CKPT_PATH_HELP = (
+    "Checkpoint to go on from, or to measure: a file, or `last` for the newest one of run_dir."
+)
+_SEED_HELP = (
+    "Seed of everything random: the partition, the sampled clients, the order of batches, the "
+    "adapter's initial values. `true` draws one."
+)
+
+
+class TrainingParser(LightningArgumentParser):
+    """Parser of the Trainer's commands."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """See `exit_with`."""
+        exit_with(self, message, ex)
 
 
 def run(name: str, arguments: list[str]) -> None:
     """Run one of the Trainer's commands."""
-    _quiet_known_noise()
-    FedsafeCLI(
+    quiet_known_noise()
+    try:
+        make_cli([name, *arguments])
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # the Trainer exits with status 1
+            raise KeyboardInterrupt from None
+        raise
+
+
+def make_cli(arguments: list[str]) -> "FedsafeCLI":
+    """Parse the arguments, whose first is the command, and run it."""
+    return FedsafeCLI(
         LoraLM,
         FederatedDataModule,
+        save_config_callback=SaveConfigCallback if arguments[0] == "fit" else None,
+        save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
         trainer_defaults={
             "reload_dataloaders_every_n_epochs": 1,
@@ -34,9 +74,13 @@ def run(name: str, arguments: list[str]) -> None:
             "num_sanity_val_steps": 0,
             "enable_model_summary": False,
         },
-        save_config_kwargs={"overwrite": True},
+        parser_kwargs={
+            "prog": "fedsafe",
+            **{name: {"description": text} for name, text in DESCRIPTIONS.items()},
+        },
+        parser_class=TrainingParser,
         auto_configure_optimizers=False,
-        args=[name, *arguments],
+        args=arguments,
     )
 
 
@@ -62,39 +106,90 @@ class FedsafeCLI(LightningCLI):
             default="runs/last",
             help="Directory that gets everything the run writes; it must not hold another run.",
         )
-        parser.add_lightning_class_args(FederatedRounds, "federated")
-        parser.add_lightning_class_args(RoundCheckpoint, "checkpoint")
+        for part, kind in (("federated", FederatedRounds), ("checkpoint", RoundCheckpoint)):
+            parser.add_class_arguments(kind, part, fail_untyped=False, sub_configs=True)
         parser.link_arguments("rounds", "trainer.max_epochs")
         parser.link_arguments("run_dir", "trainer.default_root_dir")
         for part in ("model", "data", "federated"):
             parser.link_arguments("seed_everything", f"{part}.seed", compute_fn=int)
 
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        """Explain in our words what Lightning explains for its own use."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        for action in parser._actions:
+            if action.dest == "ckpt_path":
+                action.help = _CKPT_PATH_HELP
+            elif action.dest == "seed_everything":
+                action.help = _SEED_HELP
+        return parser
+
+    def _parse_ckpt_path(self) -> None:
+        """Do not let a checkpoint's settings replace given ones: the run refuses other ones."""
+
     def before_instantiate_classes(self) -> None:
         """Refuse to mix two runs; find the checkpoint to go on from."""
         config = self.config[self.subcommand]
         run_dir = Path(config.run_dir)
-        if config.ckpt_path == "last":
-            config.ckpt_path = _last_checkpoint(run_dir)
-        elif self.subcommand == "fit" and config.ckpt_path is None:
+        # kept out of the configuration, whose copy in the run directory may start other runs
+        self._checkpoint, config.ckpt_path = config.ckpt_path, None
+        if self._checkpoint == "last":
+            self._checkpoint = _last_checkpoint(run_dir, again=self.subcommand == "fit")
+        elif self._checkpoint is not None and not Path(self._checkpoint).is_file():
+            raise ValueError(f"there is no checkpoint {self._checkpoint}; give a file or `last`")
+        elif self._checkpoint is None and self.subcommand == "fit":
             _refuse_occupied(run_dir)
+        _point_to_world(config)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add what every run has: its loggers, its progress bar and its report."""
+        """Add what every run has: its rounds, loggers, progress bar, report and checkpoints."""
         config = self.config_init[self.subcommand]
-        if config.trainer.logger in (None, True):
-            run_dir = config.run_dir
-            kwargs["logger"] = [
-                RoundCSVLogger(run_dir),
-                TensorBoardLogger(run_dir, name="tensorboard", version=""),
-            ]
-        if not config.trainer.plugins:
-            kwargs["plugins"] = [AtomicCheckpointIO()]
-        callbacks = list(config.trainer.callbacks or [])
+        callbacks = [config.federated, *_as_list(config.trainer.callbacks)]
         if config.trainer.enable_progress_bar is not False:
             callbacks.append(RoundProgressBar())
-        if self.subcommand == "fit":
-            callbacks.append(RunReport())
+        callbacks += [RunReport(), config.checkpoint]
+        kwargs["logger"] = self.subcommand == "fit" and _loggers(config)
+        if not config.trainer.plugins:
+            kwargs["plugins"] = [AtomicCheckpointIO()]
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return {**super()._prepare_subcommand_kwargs(subcommand), "ckpt_path": self._checkpoint}
+
+    def after_validate(self) -> None:
+        """Write down what was measured."""
+        self._write_results()
+
+    def after_test(self) -> None:
+        """Write down what was measured."""
+        self._write_results()
+
+    def _write_results(self) -> None:
+        """Add the measures to `results.json` of the run directory."""
+        file = Path(self.config[self.subcommand].run_dir) / "results.json"
+        known = json.loads(file.read_text()) if file.exists() else {}
+        known.update({name: value.item() for name, value in self.trainer.callback_metrics.items()})
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scratch = file.with_suffix(".tmp")
+        scratch.write_text(json.dumps(known, indent=1) + "\n")
+        scratch.replace(file)
+
+
+def _loggers(config: Any) -> list[Logger] | bool:
+    """`metrics.csv` of the run directory, and the user's loggers or else TensorBoard."""
+    given = config.trainer.logger
+    if given is False:
+        return False
+    default = given in (None, True)
+    others = [TensorBoardLogger(config.run_dir, name="tensorboard", version="")]
+    return [RoundCSVLogger(config.run_dir), *(others if default else _as_list(given))]
+
+
+def _as_list(given: Any) -> list[Any]:
+    if given is None:
+        return []
+    return list(given) if isinstance(given, list | tuple) else [given]
 
 
 def _refuse_occupied(run_dir: Path) -> None:
@@ -106,24 +201,37 @@ def _refuse_occupied(run_dir: Path) -> None:
         )
 
 
-def _last_checkpoint(run_dir: Path) -> str | None:
-    """The run's newest checkpoint; None, which is from the start, if there is none yet."""
+def _last_checkpoint(run_dir: Path, *, again: bool) -> str | None:
+    """The run's newest checkpoint; None, which is from the start, if `again` and there is none yet.
+
+    A run killed in its first round has no checkpoint. What that round left is removed.
+    """
     file = run_dir / "checkpoints" / LAST
     if file.exists():
         return str(file)
-    if not run_dir.exists():
+    if not again or not run_dir.exists():
         raise ValueError(f"there is no run to resume in {run_dir}; leave --ckpt_path out")
+    finished = len(RoundLog(run_dir / "rounds.jsonl").read())
+    if finished > 1:
+        raise ValueError(
+            f"{run_dir} has {finished} finished rounds but no {file.relative_to(run_dir)}; "
+            "give another --run_dir to start anew"
+        )
+    for name in ("adapter", "adapters"):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
+    (run_dir / "rounds.jsonl").unlink(missing_ok=True)
     sys.stderr.write(f"{run_dir} has no checkpoint yet; the run begins again\n")
     return None
 
 
-def _quiet_known_noise() -> None:
-    """Advice of Lightning that is wrong here, where loaders are cheap and rounds are the epochs."""
-    for message in (
-        ".*LightningCLI's args parameter.*",
-        ".*does not have many workers.*",
-        ".*smaller than the logging interval.*",
-        ".*ended before the epoch ended and your dataloader is not resumable.*",
-        ".*found .* module.* in eval mode.*",
-    ):
-        warnings.filterwarnings("ignore", message)
+def _point_to_world(config: Any) -> None:
+    """Say how to make the miniature's files where a configuration uses them and they are missing.
+
+    They are told by their names: base/ and clients.jsonl in one folder.
+    """
+    base = Path(config.model.base)
+    wanted = str(base.parent / "clients.jsonl")
+    if base.name == "base" and config.data.path == wanted and not base.parent.exists():
+        raise ValueError(
+            f"{wanted} is missing; write the miniature first: fedsafe world --output {base.parent}"
+        )

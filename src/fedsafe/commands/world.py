@@ -5,12 +5,19 @@ from pathlib import Path
 from jsonargparse import auto_cli
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 
+from fedsafe.commands.parsing import CommandParser
 from fedsafe.world.files import write_world
 
 
 def run(name: str, arguments: list[str]) -> None:
     """Parse the arguments and write the world."""
-    auto_cli(world, args=arguments, prog=f"fedsafe {name}", as_positional=False)
+    auto_cli(
+        world,
+        args=arguments,
+        prog=f"fedsafe {name}",
+        as_positional=False,
+        parser_class=CommandParser,
+    )
 
 
 def world(

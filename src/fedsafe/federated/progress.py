@@ -1,5 +1,7 @@
-"""The progress bar of a federated run: `round 3/50 · client 2/5`."""
+"""The progress of a federated run: a bar in a terminal, a line a round elsewhere."""
 
+import sys
+from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
@@ -8,7 +10,19 @@ from fedsafe.data.packing import TrainingBatch
 
 
 class RoundProgressBar(TQDMProgressBar):
-    """One bar a round, with the visit it is at and the figures of the last round."""
+    """One bar a round, `round 3/50 · client 2/5`, with the figures of the last round.
+
+    Where the output is no terminal but a file or a pipe, a line at the end of each round instead.
+    """
+
+    def __init__(self) -> None:
+        self._is_terminal = sys.stdout.isatty()
+        super().__init__(refresh_rate=1 if self._is_terminal else 0)
+
+    def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
+        """Say which round begins."""
+        super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.set_description_str(_round_of(trainer))
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: TrainingBatch, batch_idx: int
@@ -21,6 +35,15 @@ class RoundProgressBar(TQDMProgressBar):
                 f"round {key.round + 1}/{key.num_rounds} · client {key.visit + 1}/{num_visits}"
             )
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the figures of the round."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if not self._is_terminal and trainer.is_global_zero:
+            metrics = self.get_metrics(trainer, pl_module)
+            figures = [f"{name} {_short(value)}" for name, value in metrics.items()]
+            sys.stdout.write(" · ".join([_round_of(trainer), *figures]) + "\n")
+            sys.stdout.flush()
+
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
@@ -28,3 +51,11 @@ class RoundProgressBar(TQDMProgressBar):
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)
         return items
+
+
+def _round_of(trainer: Trainer) -> str:
+    return f"round {trainer.current_epoch + 1}/{trainer.max_epochs}"
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

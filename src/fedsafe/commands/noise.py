@@ -1,0 +1,38 @@
+"""Silences what libraries say that is wrong here, or no news to a user; warnings of ours stay."""
+
+import logging
+import sys
+import warnings
+
+import datasets
+from transformers.utils import logging as transformers_logging
+
+_WRONG_WARNINGS = (
+    ".*LightningCLI's args parameter.*",
+    # loaders are cheap here, and a round is an epoch
+    ".*does not have many workers.*",
+    ".*smaller than the logging interval.*",
+    ".*ended before the epoch ended and your dataloader is not resumable.*",
+    ".*found .* module.* in eval mode.*",
+    ".*Checkpoint directory .* exists and is not empty.*",
+    # between libraries, which a user can do nothing about
+    ".*is_gradient_checkpointing. is deprecated.*",
+    ".*isinstance.treespec, LeafSpec.. is deprecated.*",
+)
+_NO_NEWS = ("Tip:", "TPU available", "weights_only", "`max_epochs=")
+
+
+def quiet_known_noise() -> None:
+    """Filter the warnings and lines named above, and progress bars where nobody watches."""
+    for message in _WRONG_WARNINGS:
+        warnings.filterwarnings("ignore", message)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(_is_news)
+    transformers_logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return not any(part in text for part in _NO_NEWS)
