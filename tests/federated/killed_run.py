@@ -18,7 +18,7 @@ from fedsafe.model.module import LoraLM
 
 
 class SigKill(Callback):
-    """Kills the process in the backward pass after `step` steps, or in the validation after them."""
+    """Kills the process in the backward pass after `step` steps, or at the end of the round."""
 
     def __init__(self, step: int) -> None:
         self.step = step

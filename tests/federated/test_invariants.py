@@ -92,7 +92,7 @@ class PlainFederation:
         return x
 
     def scaffold(self, num_rounds: int, lr: float) -> Tensor:
-        """Karimireddy et al. (2020), Algorithm 1, option II, global step size 1, uniform weights."""
+        """Karimireddy et al. (2020), Algorithm 1, option II; global step size 1."""
         x = self.vector()
         c, controls = torch.zeros_like(x), {k: torch.zeros_like(x) for k in self.sizes}
         for round_ in range(num_rounds):

@@ -1,6 +1,7 @@
 """Runs that would go wrong without a sign of it, and are refused."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,8 +56,10 @@ def test_a_callback_that_knows_of_no_visits_is_refused(
         federation(callbacks=(callback,)).fit()
 
 
-def test_another_module_or_data_module_is_refused(federation: FederationMaker) -> None:
-    run = federation()
+def test_another_module_or_data_module_is_refused(
+    federation: FederationMaker, tiny_gpt2: Path
+) -> None:
+    run = federation(data={"tokenizer": str(tiny_gpt2)})
     with pytest.raises(
         ValueError, match="trains a LoraLM on a FederatedDataModule; got LoraLM and"
     ):

@@ -103,7 +103,7 @@ def test_an_unknown_base_is_named(tmp_path: Path) -> None:
 
 
 def test_an_unknown_model_type_is_named() -> None:
-    with pytest.raises(ValueError, match="'lama' is not a model type of transformers; .*'llama'"):
+    with pytest.raises(ValueError, match=r"'lama' is not a model type of transformers; .*'llama'"):
         load_base("lama", from_config=LLAMA)
 
 

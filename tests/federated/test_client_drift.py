@@ -1,0 +1,120 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedsafe.federated.client_drift import Correction, FedProx, Scaffold
+from fedsafe.model.adapter import FlatAdapter
+
+RandomAdapters = Callable[..., list[Tensor]]
+SIZE = 50
+
+
+@pytest.fixture
+def adapter() -> FlatAdapter:
+    """Fifty parameters in two tensors."""
+    model = nn.ParameterDict({"a": torch.zeros(6, 5), "b": torch.zeros(20)})
+    return FlatAdapter(model.named_parameters())
+
+
+def set_gradient(adapter: FlatAdapter, gradient: Tensor) -> None:
+    for parameter, part in zip(adapter.parameters, adapter.views(gradient), strict=True):
+        parameter.grad = part.clone()
+
+
+def corrected(adapter: FlatAdapter, correction: Correction, gradient: Tensor) -> Tensor:
+    set_gradient(adapter, gradient)
+    correction.apply(adapter)
+    return torch.cat([part.flatten() for part in adapter.gradients()])
+
+
+def test_fedprox_adds_the_gradient_of_its_term(
+    adapter: FlatAdapter, random_adapters: RandomAdapters
+) -> None:
+    start, now, gradient = random_adapters(3)
+    adapter.write(now)
+    w = now.clone().requires_grad_()
+    (0.3 / 2 * (w - start).square().sum()).backward()
+    assert w.grad is not None
+    result = corrected(adapter, FedProx(mu=0.3).correction(0, start), gradient)
+    torch.testing.assert_close(result, gradient + w.grad)
+
+
+def test_fedprox_refuses_a_push() -> None:
+    with pytest.raises(ValueError, match=r"mu of FedProx is -0.1; give 0 or more"):
+        FedProx(mu=-0.1)
+
+
+def visit(
+    scaffold: Scaffold, adapter: FlatAdapter, client: int, gradients: list[Tensor]
+) -> list[Tensor]:
+    """One visit; returns the corrected gradients."""
+    correction = scaffold.correction(client, torch.zeros(SIZE))
+    results = [corrected(adapter, correction, gradient) for gradient in gradients]
+    scaffold.collect(client, correction)
+    return results
+
+
+def test_scaffold_moves_both_sides_as_the_paper_says(
+    adapter: FlatAdapter, random_adapters: RandomAdapters
+) -> None:
+    scaffold, num_clients = Scaffold(), 10
+    c = torch.zeros(SIZE)
+    controls = {0: torch.zeros(SIZE), 1: torch.zeros(SIZE), 2: torch.zeros(SIZE)}
+    for seed, clients in enumerate([(0, 1), (1, 2), (0, 2), (0, 1)]):
+        change = torch.zeros(SIZE)
+        for client in clients:
+            gradients = random_adapters(3, seed=10 * seed + client)
+            results = visit(scaffold, adapter, client, gradients)
+            for result, gradient in zip(results, gradients, strict=True):
+                torch.testing.assert_close(result, gradient - controls[client] + c)
+            new = torch.stack(gradients).mean(0)
+            change += new - controls[client]
+            controls[client] = new
+        scaffold.end_round(num_clients)
+        c = c + change / num_clients
+    assert c.abs().max() > 0.01
+
+
+def test_the_first_round_of_scaffold_corrects_nothing_bit_for_bit(
+    adapter: FlatAdapter, random_adapters: RandomAdapters
+) -> None:
+    gradients = random_adapters(3)
+    results = visit(Scaffold(), adapter, 4, gradients)
+    assert all(torch.equal(a, b) for a, b in zip(results, gradients, strict=True))
+
+
+def test_a_visit_that_was_not_accepted_is_forgotten(
+    adapter: FlatAdapter, random_adapters: RandomAdapters
+) -> None:
+    scaffold = Scaffold()
+    (gradient,) = random_adapters(1)
+    corrected(adapter, scaffold.correction(0, torch.zeros(SIZE)), gradient)
+    scaffold.end_round(2)
+    assert scaffold.state_dict() == {}
+
+
+def test_scaffold_goes_on_from_its_state_inside_a_visit_and_a_round(
+    adapter: FlatAdapter, random_adapters: RandomAdapters
+) -> None:
+    whole, cut = Scaffold(), Scaffold()
+    first, second = random_adapters(2, seed=1), random_adapters(2, seed=2)
+    for scaffold in (whole, cut):
+        visit(scaffold, adapter, 0, first)
+        scaffold.end_round(3)
+        visit(scaffold, adapter, 1, first)
+    visit(whole, adapter, 0, second)
+    begun = cut.correction(0, torch.zeros(SIZE))
+    corrected(adapter, begun, second[0])
+    resumed = Scaffold()
+    resumed.load_state_dict({k: v.clone() for k, v in cut.state_dict().items()})
+    correction = resumed.correction(0, torch.zeros(SIZE))
+    correction.load_state_dict(begun.state_dict())
+    corrected(adapter, correction, second[1])
+    resumed.collect(0, correction)
+    for scaffold in (whole, resumed):
+        scaffold.end_round(3)
+    expected, state = whole.state_dict(), resumed.state_dict()
+    assert state.keys() == expected.keys() == {"client.0", "client.1", "server"}
+    assert all(torch.equal(state[name], expected[name]) for name in state)

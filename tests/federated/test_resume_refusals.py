@@ -1,0 +1,138 @@
+"""What a checkpoint holds, and which runs may not go on from it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedsafe.federated.client_drift import Scaffold
+from fedsafe.federated.partition import IID
+from fedsafe.federated.server_optimizer import FedAdam
+
+FederationMaker = Callable[..., Any]
+
+
+@pytest.fixture
+def checkpoint(federation: FederationMaker) -> Path:
+    run = federation().fit()
+    run.trainer.save_checkpoint(run.folder / "a.ckpt")
+    return run.folder / "a.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": {"rank": 8}}, "another run: model.rank was 4 and is 8. Resume with"),
+        ({"model": {"alpha": 4.0}}, "model.alpha was 8.0 and is 4.0"),
+        ({"model": {"seed": 1}}, "model.seed was 0 and is 1"),
+        ({"model": {"dtype": "bfloat16"}}, "model.dtype was 'float32' and is 'bfloat16'"),
+        ({"model": {"optimizer": "sgd"}}, "model.optimizer was 'adamw' and is 'sgd'"),
+        ({"model": {"target_modules": ["c_attn"]}}, r"target_modules was 'all-linear' and is \['c"),
+        ({"rounds": {"seed": 5}}, "federated.seed was 0 and is 5"),
+        ({"rounds": {"local_steps": 2}}, "federated.local_steps was 3 and is 2"),
+        ({"rounds": {"clients_per_round": 3}}, "federated.clients_per_round was 2 and is 3"),
+        ({"rounds": {"mode": "local"}}, "federated.mode was 'federated' and is 'local'"),
+        ({"rounds": {"weighting": "uniform"}}, "weighting was 'samples' and is 'uniform'"),
+        ({"rounds": {"client_drift": Scaffold()}}, r"was 'FedAvg\+NoneType' and is 'FedAvg\+Sc"),
+        ({"rounds": {"server_optimizer": FedAdam()}}, r"'FedAvg\+NoneType' and is 'FedAdam\+N"),
+        ({"data": {"partition": IID(4)}}, "data.partition was '.*' and is"),
+        ({"data": {"batch_size": 4}}, "data.batch_size was 3 and is 4"),
+        ({"data": {"max_length": 400}}, "data.max_length was 512 and is 400"),
+        ({"data": {"seed": 2}}, "data.seed was 0 and is 2"),
+        ({"data": {"validation_share": 0.2}}, "data.partition was '.*' and is"),
+    ],
+    ids=lambda x: next(iter(next(iter(x.values())))) if isinstance(x, dict) else "",
+)
+def test_a_run_that_differs_may_not_go_on(
+    federation: FederationMaker, checkpoint: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        federation(**settings).fit(ckpt_path=checkpoint)
+
+
+def test_every_difference_is_named(federation: FederationMaker, checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match=r"model.rank was 4 and is 2; model.seed was 0 and is 9"):
+        federation(model={"rank": 2, "seed": 9}).fit(ckpt_path=checkpoint)
+
+
+def test_another_base_may_not_go_on(
+    federation: FederationMaker, checkpoint: Path, tiny_llama: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"model.base was '.*gpt2.*' and is '.*llama.*'"):
+        federation(base=tiny_llama).fit(ckpt_path=checkpoint)
+
+
+def test_a_checkpoint_of_something_else_is_refused(
+    federation: FederationMaker, checkpoint: Path
+) -> None:
+    saved = torch.load(checkpoint, weights_only=True)
+    del saved["fedsafe_model"]
+    torch.save(saved, checkpoint)
+    with pytest.raises(ValueError, match=r"to another run: model.alpha was None and is 8.0"):
+        federation().fit(ckpt_path=checkpoint)
+
+
+def test_a_lost_record_of_rounds_is_noticed(federation: FederationMaker, checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match="has 0 rounds, but the checkpoint was written after 2"):
+        federation("elsewhere", trainer={"max_epochs": 3}).fit(ckpt_path=checkpoint)
+
+
+def test_a_run_may_go_on_for_more_rounds(federation: FederationMaker, checkpoint: Path) -> None:
+    longer = federation(trainer={"max_epochs": 3}).fit(ckpt_path=checkpoint)
+    whole = federation("whole", trainer={"max_epochs": 3}).fit()
+    assert torch.equal(longer.adapter, whole.adapter)
+    assert longer.rows == whole.rows
+
+
+def test_a_checkpoint_holds_the_adapter_and_the_federation_but_not_the_base(
+    federation: FederationMaker,
+) -> None:
+    rounds = {"client_drift": Scaffold(), "server_optimizer": FedAdam()}
+    run = federation(rounds=rounds).fit()
+    run.trainer.save_checkpoint(run.folder / "a.ckpt")
+    saved = torch.load(run.folder / "a.ckpt", weights_only=True)
+    assert len(saved["state_dict"]) == len(run.module.flat_adapter().names)
+    assert all("lora_" in name for name in saved["state_dict"])
+    federated = next(v for k, v in saved["callbacks"].items() if "FederatedRounds" in k)
+    assert torch.equal(federated["server"]["adapter"], run.adapter)
+    sizes: dict[int, int] = {}
+
+    def measure(value: object) -> None:
+        if isinstance(value, torch.Tensor):
+            sizes[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, dict | list | tuple):
+            for item in value.values() if isinstance(value, dict) else value:
+                measure(item)
+
+    measure(saved)
+    adapter = run.adapter.numel() * 4
+    clients = len(run.rounds.client_drift.client_controls)
+    # parameters, Adam's moments, the server's adapter, its sum and moments, the control variates
+    assert sum(sizes.values()) <= (1 + 2 + 1 + 1 + 2 + 1 + clients) * adapter + 10_000
+    base = sum(p.numel() * 4 for p in run.module.parameters() if not p.requires_grad)
+    assert max(sizes.values()) < base / 2
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+@pytest.mark.parametrize("inside_a_round", [False, True])
+def test_evaluating_a_checkpoint_evaluates_its_global_adapter(
+    federation: FederationMaker, conversations: Path, stage: str, inside_a_round: bool
+) -> None:
+    data = {"validation_share": 0.2, "test_path": str(conversations)}
+    run = federation(data=data, trainer={"max_epochs": 1}).fit()
+    checkpoint = run.folder / "a.ckpt"
+    run.trainer.save_checkpoint(checkpoint)
+    (expected,) = getattr(run.trainer, stage)(run.module, datamodule=run.data, verbose=False)
+    if inside_a_round:  # then the model holds the adapter of the client whose turn it is
+        saved = torch.load(checkpoint, weights_only=True)
+        for tensor in saved["state_dict"].values():
+            tensor.add_(0.3)
+        torch.save(saved, checkpoint)
+    other = federation("other", data=data)
+    (figures,) = getattr(other.trainer, stage)(
+        other.module, datamodule=other.data, ckpt_path=checkpoint, verbose=False
+    )
+    assert figures == expected
+    assert len(figures) == 1

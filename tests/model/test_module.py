@@ -1,0 +1,150 @@
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.optim import SGD, AdamW
+
+from fedsafe.data.packing import Pack, TrainingBatch
+from fedsafe.federated.schedule import BatchKey
+from fedsafe.model.module import LoraLM, refuse_difference
+
+ModuleMaker = Callable[..., LoraLM]
+
+
+def test_the_base_is_frozen_and_the_adapter_is_not(make_module: ModuleMaker, packed: Pack) -> None:
+    module = make_module("llama")
+    module(packed).sum().backward()
+    for name, parameter in module.named_parameters():
+        assert parameter.requires_grad == ("lora_" in name)
+        assert (parameter.grad is not None) == ("lora_" in name)
+
+
+def test_the_model_is_built_once(make_module: ModuleMaker) -> None:
+    module = make_module("gpt2")
+    built = module.peft_model
+    module.configure_model()
+    assert module.peft_model is built
+
+
+def test_a_bfloat16_base_keeps_a_float32_adapter(make_module: ModuleMaker, packed: Pack) -> None:
+    wide, narrow = make_module("llama"), make_module("llama", dtype="bfloat16")
+    types = {p.dtype for n, p in narrow.named_parameters() if "lora_" not in n}
+    assert types == {torch.bfloat16}
+    adapter = narrow.flat_adapter()
+    assert {p.dtype for p in adapter.parameters} == {torch.float32}
+    vector = torch.full((adapter.num_params,), 1 + 2**-20)  # bfloat16 would round this to 1
+    adapter.write(vector)
+    assert torch.equal(adapter.read(), vector)
+    wide.flat_adapter().write(vector)
+    nll = narrow(packed)
+    assert nll.dtype == torch.float32
+    torch.testing.assert_close(nll, wide(packed), atol=0.3, rtol=0.1)
+    nll.mean().backward()
+    assert all(torch.isfinite(gradient).all() for gradient in adapter.gradients())
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adamw", AdamW), ("sgd", SGD)])
+def test_the_optimizer_is_over_the_adapter_alone(
+    make_module: ModuleMaker, name: str, kind: type[AdamW | SGD]
+) -> None:
+    module = make_module("gpt2", optimizer=name, learning_rate=0.25, weight_decay=0.125)
+    optimizer = module.configure_optimizers()
+    assert type(optimizer) is kind
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["weight_decay"]) == (0.25, 0.125)
+    expected = [id(p) for p in module.flat_adapter().parameters]
+    assert [id(p) for p in group["params"]] == expected
+
+
+def test_the_learning_rate_follows_the_schedule(make_module: ModuleMaker) -> None:
+    module = make_module(
+        "gpt2", learning_rate=0.1, lr_schedule="cosine", lr_floor=0.2, warmup_steps=2
+    )
+    rates = [
+        module.learning_rate_at(round_=r, num_rounds=4, step=s) for r in (0, 2) for s in (0, 1)
+    ]
+    assert rates == pytest.approx([0.05, 0.1, 0.03, 0.06])
+
+
+def test_settings_of_another_run_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"a was 1 and is 2; c was 'x' and is None\. Resume"):
+        refuse_difference({"a": 1, "b": 0, "c": "x"}, {"a": 2, "b": 0})
+    refuse_difference({"a": [1]}, {"a": [1]})
+
+
+def test_a_checkpoint_of_another_model_is_refused(make_module: ModuleMaker) -> None:
+    module = make_module("gpt2")
+    checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    assert sorted(checkpoint["state_dict"]) == sorted(
+        name for name, p in module.named_parameters() if p.requires_grad
+    )
+    module.on_load_checkpoint(checkpoint)
+    other = make_module("gpt2", rank=2)
+    with pytest.raises(ValueError, match=re.escape("model.rank was 4 and is 2")):
+        other.on_load_checkpoint(checkpoint)
+
+
+class _Optimizer:
+    def __init__(self) -> None:
+        self.param_groups: list[dict[str, Any]] = [{}]
+
+
+def dropped(module: LoraLM, packed: Pack, monkeypatch: pytest.MonkeyPatch, **place: int) -> Tensor:
+    """The losses that a batch at some place of the run gets, and its learning rate is set."""
+    none = torch.zeros(0).numpy()
+    numbers = {"round": 0, "visit": 0, "client": 0, "step": 0, "micro": 0} | place
+    key = BatchKey(
+        num_rounds=5, num_steps=4, num_micro=2, samples=none, step_samples=none, **numbers
+    )
+    trainer = type("Trainer", (), {"optimizers": [_Optimizer()]})()
+    monkeypatch.setattr(type(module), "trainer", trainer)
+    torch.rand(int(torch.randint(1, 9, ())))  # whatever was drawn before
+    module.on_train_batch_start(TrainingBatch(**vars(packed), key=key, normalizer=1), 0)
+    assert trainer.optimizers[0].param_groups[0]["lr"] > 0
+    return module(packed).detach()
+
+
+def test_dropout_depends_on_the_batchs_place_in_the_run_alone(
+    make_module: ModuleMaker, packed: Pack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = make_module("llama", lora_dropout=0.4)
+    module.train()
+    place = {"round": 1, "client": 3, "step": 2}
+    expected = dropped(module, packed, monkeypatch, **place)
+    assert torch.equal(dropped(module, packed, monkeypatch, **place), expected)
+    assert torch.equal(dropped(module, packed, monkeypatch, **place, visit=7), expected)
+    for change in ({"round": 2}, {"client": 4}, {"step": 3}, {"micro": 1}):
+        other = dropped(module, packed, monkeypatch, **(place | change))
+        assert not torch.equal(other, expected), change
+    reseeded = make_module("llama", lora_dropout=0.4, seed=1)
+    reseeded.load_state_dict(module.state_dict())
+    reseeded.train()
+    assert not torch.equal(dropped(reseeded, packed, monkeypatch, **place), expected)
+
+
+def test_the_probes_of_the_first_call_leave_no_trace(
+    make_module: ModuleMaker, packed: Pack
+) -> None:
+    fresh, used = (make_module("llama", lora_dropout=0.4) for _ in range(2))
+    used(packed)
+    losses = []
+    for module in (fresh, used):
+        module.train()
+        torch.manual_seed(0)
+        losses.append(module(packed))
+        assert module.peft_model.training
+    assert torch.equal(*losses)
+    fresh.eval()
+    fresh._head_is_plain = None
+    fresh(packed)
+    assert not fresh.peft_model.training
+
+
+def test_an_unknown_base_is_an_error_of_the_first_use(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no base model at"):
+        LoraLM(str(tmp_path / "nowhere")).configure_model()
