@@ -151,7 +151,7 @@ def test_test_conversations_come_from_their_own_file(make_data: DataMaker, tmp_p
     file.write_text('{"prompt": "say a", "response": "b"}\n')
     data = make_data(test_path=str(file))
     (batch,) = data.test_dataloader()
-    assert data.tokenizer.decode(batch.targets).startswith("b")
+    assert data.tokenizer.decode(batch.targets) == " b</s>"
     assert batch.client == GLOBAL_ADAPTER
 
 

@@ -83,3 +83,24 @@ def test_data_without_rounds_is_refused(federation: FederationMaker) -> None:
     run.trainer.callbacks.remove(run.rounds)
     with pytest.raises(ValueError, match="no schedule of visits; add FederatedRounds"):
         run.fit()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"vocab_size": 90}, "the tokenizer has 101 tokens, the base 90; set vocab_size in from_c"),
+        (
+            {"n_positions": 20},
+            r"longest sample has \d\d tokens, the base has 20 positions; lower max",
+        ),
+    ],
+)
+def test_samples_that_the_model_cannot_read_are_refused(
+    federation: FederationMaker, tiny_gpt2: Path, values: dict[str, int], message: str
+) -> None:
+    config = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 128} | values
+    run = federation(
+        model={"base": "gpt2", "from_config": config}, data={"tokenizer": str(tiny_gpt2)}
+    )
+    with pytest.raises(ValueError, match=message):
+        run.fit()

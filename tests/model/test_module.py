@@ -94,19 +94,37 @@ class _Optimizer:
         self.param_groups: list[dict[str, Any]] = [{}]
 
 
-def dropped(module: LoraLM, packed: Pack, monkeypatch: pytest.MonkeyPatch, **place: int) -> Tensor:
-    """The losses that a batch at some place of the run gets, and its learning rate is set."""
-    none = torch.zeros(0).numpy()
+def begin_batch(
+    module: LoraLM, packed: Pack, monkeypatch: pytest.MonkeyPatch, **place: int
+) -> float:
+    """Announce a batch at some place of the run; returns the learning rate that it gets."""
+    none = np.zeros(0, dtype=np.int64)
+    run = {"num_rounds": 5, "num_steps": 4, "num_micro": 2}
     numbers = {"round": 0, "visit": 0, "client": 0, "step": 0, "micro": 0} | place
-    key = BatchKey(
-        num_rounds=5, num_steps=4, num_micro=2, samples=none, step_samples=none, **numbers
-    )
-    trainer = type("Trainer", (), {"optimizers": [_Optimizer()]})()
+    key = BatchKey(**run, **numbers, samples=none, step_samples=none)
+    optimizer = _Optimizer()
+    trainer = type("Trainer", (), {"optimizers": [optimizer]})()
     monkeypatch.setattr(type(module), "trainer", trainer)
-    torch.rand(int(torch.randint(1, 9, ())))  # whatever was drawn before
     module.on_train_batch_start(TrainingBatch(**vars(packed), key=key, normalizer=1), 0)
-    assert trainer.optimizers[0].param_groups[0]["lr"] > 0
+    rate: float = optimizer.param_groups[0]["lr"]
+    return rate
+
+
+def dropped(module: LoraLM, packed: Pack, monkeypatch: pytest.MonkeyPatch, **place: int) -> Tensor:
+    """The losses of a batch at some place of the run, whatever was drawn before."""
+    torch.rand(int(torch.randint(1, 9, ())))
+    begin_batch(module, packed, monkeypatch, **place)
     return module(packed).detach()
+
+
+def test_every_batch_gets_the_learning_rate_of_its_place(
+    make_module: ModuleMaker, packed: Pack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"learning_rate": 0.1, "lr_schedule": "cosine", "warmup_steps": 2}
+    module = make_module("gpt2", **settings)
+    rates = [begin_batch(module, packed, monkeypatch, round=r, step=1) for r in range(5)]
+    assert rates == pytest.approx([0.1, 0.0904508, 0.0654508, 0.0345492, 0.0095492], abs=1e-6)
+    assert begin_batch(module, packed, monkeypatch, round=0, step=0, micro=1) == 0.05
 
 
 def test_dropout_depends_on_the_batchs_place_in_the_run_alone(

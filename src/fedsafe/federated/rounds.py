@@ -238,6 +238,12 @@ class FederatedRounds(Callback):
         self._log = RoundLog(Path(trainer.default_root_dir) / "rounds.jsonl")
         self._go_to(0, batches_done=0)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse samples that the model cannot read."""
+        assert isinstance(pl_module, LoraLM)
+        longest = int(self._data.store.lengths.max())
+        pl_module.check_data(vocab_size=len(self._data.tokenizer), longest=longest)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the server, from the fresh adapter or from the checkpoint."""
         assert isinstance(pl_module, LoraLM)

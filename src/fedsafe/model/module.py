@@ -115,6 +115,31 @@ class LoraLM(LightningModule):
         """The adapter as one vector."""
         return FlatAdapter(self.peft_model.named_parameters())
 
+    def check_data(self, *, vocab_size: int, longest: int) -> None:
+        """Refuse samples that the base cannot read, before one of them fails deep inside it.
+
+        Args:
+            vocab_size: Tokens that the tokenizer knows.
+            longest: Tokens of the longest sample.
+
+        Raises:
+            ValueError: If a random base has too few embeddings, or a base too few positions.
+        """
+        base: Any = self.peft_model.get_base_model()
+        num_embeddings = base.get_input_embeddings().weight.shape[0]
+        # a trained base may lack rows for tokens that were added later and are not in the samples
+        if self.hparams["from_config"] is not None and vocab_size > num_embeddings:
+            raise ValueError(
+                f"the tokenizer has {vocab_size} tokens, the base {num_embeddings}; "
+                f"set vocab_size in from_config to {vocab_size} or more"
+            )
+        num_positions = getattr(base.config, "max_position_embeddings", None)
+        if num_positions is not None and longest > num_positions:
+            raise ValueError(
+                f"the longest sample has {longest} tokens, the base has {num_positions} positions; "
+                "lower max_length of the data"
+            )
+
     def forward(self, batch: Pack) -> Tensor:
         """Negative log-likelihood of each answer token of a pack, nats, shape ``(N,)``, float32.
 
