@@ -74,6 +74,8 @@ def summary_table(rows: Sequence[dict[str, Any]], run_dir: Path) -> Table:
     first, last = rows[0], rows[-1]
     visits = [client for row in rows for client in row["clients"]]
     table = Table(title="Summary", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     table.add_row("rounds", str(last["round"]))
     table.add_row("visits", _visit_counts(visits))
     measured = {"loss": "train/loss", **{n: n for n in last if n.startswith("val/")}}

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
@@ -63,7 +64,8 @@ class RoundWriter(ExperimentWriter):
         for record in rounds:
             step += sum(client.get("steps", 0) for client in record["clients"])
             measured = {n: v for n, v in record.items() if n.startswith("val/") and v is not None}
-            known = {"epoch": record["round"] - 1, "step": step, "train/loss": record["loss"]}
+            loss = torch.tensor(record["loss"]).item()  # in float32, as Lightning logs it
+            known = {"epoch": record["round"] - 1, "step": step, "train/loss": loss}
             row = self.rows.setdefault(record["round"] - 1, {})
             row.update({n: v for n, v in {**known, **measured}.items() if row.get(n) in (None, "")})
 

@@ -1,0 +1,50 @@
+import sys
+
+import pytest
+
+from fedsafe.federated.progress import RoundProgressBar
+
+
+class Terminal:
+    """Standard output that says that somebody watches."""
+
+    encoding = "utf-8"
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> int:
+        self.text += text
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_in_a_terminal_the_bar_names_the_round_and_the_client(
+    federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    federation(callbacks=(RoundProgressBar(),), trainer={"enable_progress_bar": True}).fit()
+    for round_ in (1, 2):
+        for client in (1, 2):
+            assert f"round {round_}/2 · client {client}/2" in terminal.text
+    assert "train/loss=" in terminal.text
+
+
+def test_in_a_file_each_round_is_one_line(federation, capsys: pytest.CaptureFixture[str]) -> None:
+    bar = RoundProgressBar()
+    federation(
+        callbacks=(bar,),
+        trainer={"enable_progress_bar": True},
+        data={"validation_share": 0.2},
+    ).fit()
+    captured = capsys.readouterr()
+    lines = [line for line in captured.out.splitlines() if line]
+    assert [line.split(" · ")[0] for line in lines] == ["round 1/2", "round 2/2"]
+    assert all("train/loss" in line and "val/loss" in line for line in lines)
+    assert "it/s" not in captured.out + captured.err

@@ -1,0 +1,98 @@
+import os
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from fedsafe import __version__, cli
+from fedsafe.cli import COMMANDS, main
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_help_names_every_command_and_how_to_debug(arguments: list[str], capsys: Captured) -> None:
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    for name, (_, text) in COMMANDS.items():
+        assert f"  {name}" in out
+        assert text in out
+    assert "FEDSAFE_DEBUG=1" in out
+
+
+def test_version(capsys: Captured) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fedsafe {__version__}\n"
+
+
+def test_an_unknown_command_is_named_with_those_there_are(capsys: Captured) -> None:
+    assert main(["train"]) == 2
+    assert "fedsafe has no command 'train'; it has fit, validate," in capsys.readouterr().err
+
+
+def test_help_comes_within_a_second() -> None:
+    def seconds() -> float:
+        started = time.perf_counter()
+        command = [sys.executable, "-m", "fedsafe", "--help"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return time.perf_counter() - started
+
+    assert min(seconds() for _ in range(3)) < 1
+
+
+def test_the_exit_status_reaches_the_shell() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fedsafe", "nonsense"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "no command 'nonsense'" in done.stderr
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch):
+    """Make `fedsafe table` raise an error."""
+
+    def raises(error: BaseException) -> None:
+        def run(name: str, arguments: list[str]) -> None:
+            raise error
+
+        monkeypatch.setattr(cli, "import_module", lambda name: SimpleNamespace(run=run))
+
+    monkeypatch.delenv("FEDSAFE_DEBUG", raising=False)
+    return raises
+
+
+@pytest.mark.parametrize("error", [ValueError("rank is 0; give 1"), OSError("rank is 0; give 1")])
+def test_errors_of_users_are_one_line(command, capsys: Captured, error: Exception) -> None:
+    command(error)
+    assert main(["table"]) == 1
+    assert capsys.readouterr().err == "fedsafe table: rank is 0; give 1\n"
+
+
+def test_errors_of_ours_keep_their_trace(command) -> None:
+    command(AssertionError("a bug"))
+    with pytest.raises(AssertionError, match="a bug"):
+        main(["table"])
+
+
+def test_debugging_raises(command, monkeypatch: pytest.MonkeyPatch) -> None:
+    command(ValueError("rank is 0"))
+    monkeypatch.setitem(os.environ, "FEDSAFE_DEBUG", "1")
+    with pytest.raises(ValueError, match="rank is 0"):
+        main(["table"])
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("table", "; the same command goes on where it stopped"),
+        ("fit", "; the same command with --ckpt_path last goes on from the last finished round"),
+        ("export", ""),
+    ],
+)
+def test_an_interrupt_exits_with_130(command, capsys: Captured, name: str, how: str) -> None:
+    command(KeyboardInterrupt())
+    assert main([name]) == 130
+    assert capsys.readouterr().err == f"\nfedsafe {name} was interrupted{how}\n"
