@@ -106,21 +106,20 @@ def results_table(summary: Sequence[dict[str, Any]]) -> Table:
     """Methods with mean and spread of each measure, in percent."""
     columns = {name: _heading(name) for name in summary[0]["metrics"]}
     title = "Percent, mean ± spread over the seeds"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     table.add_column("method", no_wrap=True)
-    for heading in [*columns.values(), "seconds"]:
-        table.add_column(heading, justify="right")
+    for heading in [*columns.values(), "sec"]:
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in summary:
         cells = [row["metrics"][name] for name in columns]
-        # a space that does not break, so that narrow terminals wrap between cells only
-        shown = [f"{cell['mean']:.0f}\N{NO-BREAK SPACE}±{cell['spread']:.0f}" for cell in cells]
+        shown = [f"{cell['mean']:.0f} ±{cell['spread']:.0f}" for cell in cells]
         table.add_row(_name_of(row), *shown, f"{row['seconds']:.0f}")
     return table
 
 
 def _heading(measure: str) -> str:
-    """`help_rate_old` becomes `help old`."""
-    return " ".join(word for word in measure.split("_") if word not in ("rate", "accuracy"))
+    """`help_rate_old` becomes `help` above `old`: six measures must fit into 80 columns."""
+    return "\n".join(word for word in measure.split("_") if word not in ("rate", "accuracy"))
 
 
 def _name_of(row: dict[str, Any]) -> str:

@@ -36,7 +36,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
     file: Path, monkeypatch: pytest.MonkeyPatch, failure
 ) -> None:
     monkeypatch.setattr(torch, "save", failure)
-    with pytest.raises(OSError, match="could not be written to .* still holds the last good one"):
+    with pytest.raises(OSError, match=r"could not be written to .* still holds the last good one"):
         AtomicCheckpointIO().save_checkpoint({"round": 2}, file)
     assert AtomicCheckpointIO().load_checkpoint(file) == {"round": 1}
     assert [each.name for each in file.parent.iterdir()] == ["last.ckpt"]

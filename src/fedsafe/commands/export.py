@@ -39,6 +39,8 @@ def export(
         dtype: Type of the merged weights.
     """
     target = Path(merge)
+    if target.is_file():
+        raise ValueError(f"{target} is a file; give a new folder to merge into")
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} is not empty; give a new folder to merge into")
     model, tokenizer = load_trained(Path(adapter), base=base, dtype=getattr(torch, dtype))

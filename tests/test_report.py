@@ -1,0 +1,131 @@
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from fedsafe.federated.partition import PartitionRow
+from fedsafe.report import (
+    MAX_CLIENT_ROWS,
+    draw_rounds,
+    draw_table,
+    partition_table,
+    results_table,
+    summary_table,
+)
+
+MEASURES = (
+    "refusal_rate",
+    "over_refusal_rate",
+    "hhh_accuracy",
+    "help_rate",
+    "help_rate_old",
+    "help_rate_new",
+)
+
+
+def rendered(table: Table, width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(table)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def summary_row(method: str, aggregation: str, mean: float = 100.0) -> dict[str, Any]:
+    return {
+        "method": method,
+        "aggregation": aggregation,
+        "num_seeds": 3,
+        "metrics": {name: {"mean": mean, "spread": 12.34} for name in MEASURES},
+        "seconds": 123.4,
+    }
+
+
+def round_row(number: int, **values: Any) -> dict[str, Any]:
+    statuses = ["ok", "ok", "failed"]
+    return {
+        "round": number,
+        "clients": [{"client": str(n), "status": s} for n, s in enumerate(statuses)],
+        "loss": 2.0 / number,
+        "tokens": 1000,
+        "seconds": 1.5,
+        "bytes_up": 2_000_000,
+        "bytes_down": 3_000_000,
+        **values,
+    }
+
+
+def test_the_results_fit_a_terminal_of_80_columns_uncut() -> None:
+    summary = [
+        summary_row("base", "none"),
+        summary_row("fl_benign", "fedavg"),
+        summary_row("fl_filter", "fedadagrad"),
+    ]
+    text = rendered(results_table(summary))
+    assert "…" not in text
+    for word in ("method", "refusal", "over", "hhh", "help", "old", "new", "sec"):
+        assert word in text
+    for name in ("base", "fl_benign · fedavg", "fl_filter · fedadagrad"):
+        [line] = [line for line in text.splitlines() if name in line]
+        assert line.count("100 ±12") == len(MEASURES)
+        assert line.rstrip().endswith("123")
+
+
+def test_a_row_without_training_names_no_aggregation() -> None:
+    assert "none" not in rendered(results_table([summary_row("base", "none")]))
+
+
+def test_the_partition_names_clients_samples_and_harm() -> None:
+    rows = [
+        PartitionRow("ada", samples=30, tokens=1000, harmful_share=0.5),
+        PartitionRow("bob", samples=10, tokens=2345, harmful_share=None),
+    ]
+    lines = rendered(partition_table(rows, num_validation=4)).splitlines()
+    [ada] = [line for line in lines if "ada" in line]
+    assert all(word in ada for word in ("30", "1,000", "50%"))
+    [everyone] = [line for line in lines if "all 2" in line]
+    assert all(word in everyone for word in ("40", "3,345", "50%"))
+    assert "4 samples held out for validation" in "\n".join(lines)
+
+
+def test_of_many_clients_the_largest_are_shown() -> None:
+    rows = [PartitionRow(f"client-{n}", n + 1, n, None) for n in range(1000)]
+    text = rendered(partition_table(rows, num_validation=0))
+    assert f"… and {1000 - MAX_CLIENT_ROWS} smaller" in text
+    assert "client-999" in text
+    assert "client-0 " not in text
+    assert "500,500" in text
+
+
+def test_the_summary_tells_what_the_run_did(tmp_path: Path) -> None:
+    rows = [round_row(n, **{"val/loss": 1.0 / n, "val/refusal_rate": 50.0}) for n in (1, 2)]
+    text = rendered(summary_table(rows, Path("runs/a")))
+    assert "4 ok, 2 failed" in text
+    assert "2 → 1" in text
+    assert "1 → 0.5" in text
+    assert "3.0 s, 2,000 answer tokens" in text
+    assert "4.0 MB up, 6.0 MB down" in text
+
+
+def test_a_long_path_is_shown_whole() -> None:
+    folder = Path("runs") / ("x" * 120)
+    text = rendered(summary_table([round_row(1)], folder))
+    assert "".join(text.split()).replace("│", "").count("x") == 120
+    assert "…" not in text
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"val/loss": 1.0}, {"val/loss": None, "val/refusal_rate": 30.0}],
+    ids=["loss alone", "validated", "not finite"],
+)
+def test_the_picture_is_drawn_whatever_was_measured(tmp_path: Path, values: dict[str, Any]) -> None:
+    draw_rounds([round_row(1), round_row(2, **values)], tmp_path / "rounds.png")
+    assert (tmp_path / "rounds.png").read_bytes().startswith(b"\x89PNG")
+    assert [file.name for file in tmp_path.iterdir()] == ["rounds.png"]
+
+
+def test_the_table_is_drawn(tmp_path: Path) -> None:
+    draw_table([summary_row("base", "none"), summary_row("fl", "fedavg")], tmp_path / "table.png")
+    assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
