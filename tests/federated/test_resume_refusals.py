@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import Checkpoint
 
 from fedsafe.federated.client_drift import Scaffold
 from fedsafe.federated.partition import IID
@@ -72,6 +74,21 @@ def test_a_checkpoint_of_something_else_is_refused(
     torch.save(saved, checkpoint)
     with pytest.raises(ValueError, match=r"to another run: model.alpha was None and is 8.0"):
         federation().fit(ckpt_path=checkpoint)
+
+
+class _InsideAStep(Checkpoint):
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(Path(trainer.default_root_dir) / "part.ckpt")
+        raise InterruptedError("cut off")
+
+
+def test_a_checkpoint_inside_an_accumulated_step_is_refused(federation: FederationMaker) -> None:
+    parts = {"accumulate_grad_batches": 2}
+    run = federation(trainer=parts, callbacks=(_InsideAStep(),))
+    with pytest.raises(InterruptedError, match="cut off"):
+        run.fit()
+    with pytest.raises(ValueError, match="between the accumulated parts of a step"):
+        federation(trainer=parts).fit(ckpt_path=run.folder / "part.ckpt")
 
 
 def test_a_lost_record_of_rounds_is_noticed(federation: FederationMaker, checkpoint: Path) -> None:

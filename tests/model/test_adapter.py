@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from fedsafe.model.adapter import (
     FlatAdapter,
-    load_adapter_tensors,
     read_adapter_config,
     save_adapter,
 )
@@ -94,7 +94,7 @@ def test_saving_again_replaces_every_file_and_leaves_no_scratch(
     save_adapter(module.peft_model, tmp_path / "adapter")
     module.flat_adapter().write(torch.full((module.flat_adapter().num_params,), 0.25))
     save_adapter(module.peft_model, tmp_path / "adapter")
-    tensors = load_adapter_tensors(tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert tensors
     assert all((tensor == 0.25).all() for tensor in tensors.values())
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
@@ -107,11 +107,11 @@ def test_an_interrupted_save_leaves_the_old_adapter_whole(
     save_adapter(module.peft_model, tmp_path / "adapter")
     before = {f.name: f.read_bytes() for f in (tmp_path / "adapter").iterdir()}
 
-    def full_disk(folder: str, **_: object) -> None:
-        (Path(folder) / "adapter_model.safetensors").write_bytes(b"half")
+    def full_disk(tensors: object, file: Path, **_: object) -> None:
+        file.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(module.peft_model, "save_pretrained", full_disk)
+    monkeypatch.setattr("fedsafe.model.adapter.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_adapter(module.peft_model, tmp_path / "adapter")
     assert {f.name: f.read_bytes() for f in (tmp_path / "adapter").iterdir()} == before

@@ -8,7 +8,8 @@ Shapes: T tokens of the pack, N tokens with a loss.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -38,6 +39,18 @@ class Pack:
     predictors: Tensor
     targets: Tensor
     target_counts: list[int]
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> Self:
+        """The same pack with its tensors on `device`; Lightning calls this for each batch."""
+        if self.input_ids.device == device:
+            return self
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=non_blocking),
+            position_ids=self.position_ids.to(device, non_blocking=non_blocking),
+            predictors=self.predictors.to(device, non_blocking=non_blocking),
+            targets=self.targets.to(device, non_blocking=non_blocking),
+        )
 
 
 @dataclass

@@ -334,6 +334,11 @@ class FederatedRounds(Callback):
             self._to_evaluate = state_dict["server"]["adapter"]
             return
         refuse_difference(state_dict["identity"], self._identity())
+        if state_dict["batches_done"] % self._schedule.num_micro:
+            raise ValueError(
+                "the checkpoint was written between the accumulated parts of a step and lacks their "
+                "gradients; resume from one that was written after a step"
+            )
         self._resumed = state_dict
         self._row = state_dict["row"]
         self._elapsed = state_dict["elapsed"]

@@ -4,10 +4,10 @@ Nothing here depends on what was drawn before, so a resumed run, a run with the 
 order and a client on another machine all draw the same samples.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -180,9 +180,10 @@ class Schedule:
 
     def batches_of(self, visit: Visit, *, start: int = 0) -> Iterator[BatchKey]:
         """The batches of one visit from number `start` on."""
+        shuffled = lru_cache(maxsize=2)(partial(self._shuffled, visit))
         for number in range(start, visit.num_steps * self.num_micro):
             step, micro = divmod(number, self.num_micro)
-            step_samples = self._samples_of_step(visit, step)
+            step_samples = self._samples_of_step(visit, step, shuffled)
             yield BatchKey(
                 round=visit.round,
                 num_rounds=self.num_rounds,
@@ -196,16 +197,18 @@ class Schedule:
                 step_samples=step_samples,
             )
 
-    def _samples_of_step(self, visit: Visit, step: int) -> NDArray[np.int64]:
+    def _samples_of_step(
+        self, visit: Visit, step: int, shuffled: Callable[[int], NDArray[np.int64]]
+    ) -> NDArray[np.int64]:
         """Samples of one optimizer step: a slice of an endless stream of shuffled passes."""
         size = len(self.partition.samples_of(visit.client))
         if self.local_epochs is not None:
             steps_per_epoch = -(-size // self.batch_size)
             epoch, position = divmod(step, steps_per_epoch)
             begin = position * self.batch_size
-            return self._shuffled(visit, epoch)[begin : begin + self.batch_size]
+            return shuffled(epoch)[begin : begin + self.batch_size]
         begin, end = step * self.batch_size, (step + 1) * self.batch_size
-        passes = [self._shuffled(visit, epoch) for epoch in range(begin // size, -(-end // size))]
+        passes = [shuffled(epoch) for epoch in range(begin // size, -(-end // size))]
         offset = begin // size * size
         return np.concatenate(passes)[begin - offset : end - offset]
 

@@ -7,12 +7,16 @@ Training, aggregation and checkpoints use the vector; PEFT's own format is for f
 import json
 import tempfile
 from collections.abc import Iterable
+from copy import copy
 from pathlib import Path
 
 import torch
-from peft import PeftModel
-from safetensors.torch import load_file
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import Tensor, nn
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 
 
 class FlatAdapter:
@@ -72,11 +76,19 @@ class FlatAdapter:
 
 
 def save_adapter(model: PeftModel, directory: Path) -> None:
-    """Write the model's adapter in PEFT's format; each file appears whole or not at all."""
+    """Write the model's adapter in PEFT's format; each file appears whole or not at all.
+
+    PEFT's own `save_pretrained` renders a model card besides, which costs more than all the rest.
+    """
     directory.mkdir(parents=True, exist_ok=True)
+    # "auto" would ask the model hub whether the vocabulary changed
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    config = copy(model.peft_config["default"])
+    config.inference_mode = True  # as PEFT writes it: loaded adapters are frozen unless asked for
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".adapter-") as scratch:
-        # "auto" would ask the model hub whether the vocabulary changed
-        model.save_pretrained(scratch, save_embedding_layers=False)
+        save_file(kept, Path(scratch) / WEIGHTS, metadata={"format": "pt"})
+        config.save_pretrained(scratch)
         for file in Path(scratch).iterdir():
             file.replace(directory / file.name)
 
@@ -87,16 +99,11 @@ def read_adapter_config(directory: Path) -> dict[str, object]:
     Raises:
         ValueError: If the directory holds no adapter in PEFT's format.
     """
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
             raise ValueError(
                 f"{directory} holds no {name}; give the folder of an adapter in PEFT's format"
             )
-    config = json.loads((directory / "adapter_config.json").read_text())
+    config = json.loads((directory / CONFIG).read_text())
     assert isinstance(config, dict)
     return config
-
-
-def load_adapter_tensors(directory: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter file, by PEFT's names; safetensors only."""
-    return load_file(directory / "adapter_model.safetensors")

@@ -185,7 +185,11 @@ class LoraLM(LightningModule):
         stream = random_stream(
             Stream.DROPOUT, self.hparams["seed"], key.round, key.client, key.step, key.micro
         )
-        torch.manual_seed(int(stream.integers(2**63)))
+        seed = int(stream.integers(2**63))
+        # torch.manual_seed seeds every kind of device there might be, at half a millisecond a call
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def learning_rate_at(self, *, round_: int, num_rounds: int, step: int) -> float:
         """Learning rate of one optimizer step; see `learning_rate.learning_rate_factor`."""
