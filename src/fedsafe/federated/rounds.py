@@ -336,7 +336,7 @@ class FederatedRounds(Callback):
         refuse_difference(state_dict["identity"], self._identity())
         if state_dict["batches_done"] % self._schedule.num_micro:
             raise ValueError(
-                "the checkpoint was written between the accumulated parts of a step and lacks their "
+                "the checkpoint was written between accumulated parts of a step and lacks their "
                 "gradients; resume from one that was written after a step"
             )
         self._resumed = state_dict
