@@ -87,7 +87,7 @@ def test_a_checkpoint_inside_an_accumulated_step_is_refused(federation: Federati
     run = federation(trainer=parts, callbacks=(_InsideAStep(),))
     with pytest.raises(InterruptedError, match="cut off"):
         run.fit()
-    with pytest.raises(ValueError, match="between the accumulated parts of a step"):
+    with pytest.raises(ValueError, match="between accumulated parts of a step"):
         federation(trainer=parts).fit(ckpt_path=run.folder / "part.ckpt")
 
 
