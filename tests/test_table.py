@@ -4,7 +4,7 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +181,19 @@ def test_a_failed_cell_does_not_lose_the_others_and_is_run_again(
     assert done["failed"] == []
     assert [row["seed"] for row in done["rows"]] == [0, 1]
     assert len(fits) == 2
+
+
+def test_a_cell_whose_arguments_are_wrong_points_to_its_log() -> None:
+    future: Future[dict[str, Any]] = Future()
+    future.set_exception(SystemExit(2))
+    assert table._outcome(future) == "its configuration is wrong, see log.txt"
+
+
+def test_an_interrupt_in_a_cell_ends_the_table() -> None:
+    future: Future[dict[str, Any]] = Future()
+    future.set_exception(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        table._outcome(future)
 
 
 def test_what_a_cell_prints_goes_to_its_log(

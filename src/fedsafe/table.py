@@ -167,6 +167,8 @@ def _outcome(future: Future[dict[str, Any]]) -> dict[str, Any] | str:
         return future.result()
     if isinstance(error, KeyboardInterrupt):
         raise error
+    if isinstance(error, SystemExit):
+        return "its configuration is wrong, see log.txt"
     return f"{type(error).__name__}: {error}"
 
 

@@ -48,7 +48,8 @@ def table(output: str, rows: list[Row], seeds: list[int], num_workers: int | Non
     if results["summary"]:
         draw_table(results["summary"], folder / "table.png")
         console.print(results_table(results["summary"]))
-        console.print(f"wrote {folder}/table.json, {folder}/table.png and {folder}/runs/")
+        wrote = f"wrote {folder}/table.json, {folder}/table.png and {folder}/runs/"
+        console.print(wrote, soft_wrap=True)
     if results["failed"]:
         names = "\n".join(f"  {cell['run']}: {cell['error']}" for cell in results["failed"])
         raise ValueError(
