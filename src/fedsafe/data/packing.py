@@ -74,28 +74,30 @@ def pack(samples: Sequence[tuple[NDArray[np.int32], NDArray[np.bool_]]]) -> Pack
         samples: ``(input_ids, answer_mask)`` of each sample. None at all gives a pack of one token
             without a loss, so that every part of a step has a forward and a backward pass.
     """
-    lengths = [len(ids) for ids, _ in samples]
     if not samples:
         samples = [(np.zeros(1, dtype=np.int32), np.zeros(1, dtype=np.bool_))]
-        lengths = [1]
+    lengths = [len(ids) for ids, _ in samples]
+    starts = np.cumsum([0, *lengths[:-1]])
     ids = np.concatenate([ids for ids, _ in samples]).astype(np.int64)
-    mask = np.concatenate([_targets(answers) for _, answers in samples])
-    positions = np.concatenate([np.arange(length) for length in lengths])
+    mask = np.concatenate([answers for _, answers in samples])
+    mask[starts] = False  # nothing predicts a sample's first token
     targets = np.flatnonzero(mask)
     return Pack(
         input_ids=torch.from_numpy(ids)[None],
-        position_ids=torch.from_numpy(positions)[None],
+        position_ids=torch.from_numpy(np.arange(len(ids)) - np.repeat(starts, lengths))[None],
         segment_lengths=lengths,
         predictors=torch.from_numpy(targets - 1),
         targets=torch.from_numpy(ids[targets]),
-        target_counts=[int(np.count_nonzero(answers[1:])) for _, answers in samples],
+        target_counts=np.add.reduceat(mask.astype(np.int64), starts).tolist(),
     )
 
 
 def pack_batch(store: TokenStore, key: BatchKey) -> TrainingBatch:
     """The training batch for `key`."""
     packed = pack([store[index] for index in key.samples.tolist()])
-    normalizer = sum(count_targets(store, index) for index in key.step_samples.tolist())
+    normalizer = sum(packed.target_counts)
+    if key.num_micro > 1:
+        normalizer = sum(count_targets(store, index) for index in key.step_samples.tolist())
     return TrainingBatch(**vars(packed), key=key, normalizer=normalizer)
 
 
@@ -120,10 +122,3 @@ def split_by_budget(lengths: NDArray[np.int32], *, max_tokens: int) -> list[list
         groups[-1].append(index)
         room -= length
     return groups
-
-
-def _targets(answer_mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The answer mask without a sample's first token, which nothing predicts."""
-    targets = answer_mask.copy()
-    targets[:1] = False
-    return targets

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property, lru_cache, partial
+from hashlib import blake2b
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -29,6 +30,12 @@ class Stream(IntEnum):
 def random_stream(stream: Stream, *key: int) -> np.random.Generator:
     """Independent generator for one purpose and one key, usually ``(seed, round, client)``."""
     return np.random.default_rng([stream, *key])
+
+
+def derive_seed(stream: Stream, *key: int) -> int:
+    """Seed of 63 bits for one purpose and one key, where a whole generator would be dear."""
+    text = repr((int(stream), *key)).encode()
+    return int.from_bytes(blake2b(text, digest_size=8).digest()) >> 1
 
 
 class Visit(NamedTuple):

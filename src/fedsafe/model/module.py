@@ -11,7 +11,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torchmetrics import MeanMetric
 
 from fedsafe.data.packing import Pack, TrainingBatch
-from fedsafe.federated.schedule import Stream, random_stream
+from fedsafe.federated.schedule import Stream, derive_seed
 from fedsafe.model import attention as packed
 from fedsafe.model.adapter import FlatAdapter
 from fedsafe.model.learning_rate import LearningRateSchedule, learning_rate_factor
@@ -182,10 +182,9 @@ class LoraLM(LightningModule):
         rate = self.learning_rate_at(round_=key.round, num_rounds=key.num_rounds, step=key.step)
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = rate
-        stream = random_stream(
+        seed = derive_seed(
             Stream.DROPOUT, self.hparams["seed"], key.round, key.client, key.step, key.micro
         )
-        seed = int(stream.integers(2**63))
         # torch.manual_seed seeds every kind of device there might be, at half a millisecond a call
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
