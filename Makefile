@@ -22,7 +22,7 @@ demo: setup ## Run the whole miniature, print the table, write runs/demo/
 
 test: setup ## Run the test suite; `make test ARGS="-m 'not slow'"` passes options to pytest
 	@$(PIP) check
-	@$(PY) -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile $(ARGS)
 
 lint: setup ## Check style, formatting and types
 	@$(PY) -m ruff check .
