@@ -105,6 +105,8 @@ def test_bad_input_is_one_clear_line(
         (["--model.rank", "many"], "model.rank"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--data.partition", "Thirds"], "Thirds"),
+        (["--seed_everything", "true"], "seed_everything"),
+        (["--seed_everything", "-1"], "seed_everything"),
     ],
 )
 def test_wrong_arguments_exit_with_2_and_no_page_of_usage(
@@ -239,12 +241,14 @@ def test_resuming_under_other_settings_is_refused(
 ) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(finished_run, run_dir)
+    before = (run_dir / "config.yaml").read_bytes()
     for checkpoint in ("last", str(run_dir / "checkpoints" / "last.ckpt")):
         status = fit(run_dir, "--rounds", "3", "--ckpt_path", checkpoint, *arguments)
         err = capsys.readouterr().err
         assert status == 1, err
         assert "the checkpoint belongs to another run" in err
         assert name in err
+        assert (run_dir / "config.yaml").read_bytes() == before
 
 
 def test_a_copy_of_the_configuration_starts_the_same_run(
@@ -264,12 +268,13 @@ def test_the_copy_of_a_resumed_configuration_does_not_resume(
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["ckpt_path"] is None
 
 
+@pytest.mark.parametrize("checkpoint", [[], ["--ckpt_path", "last"]], ids=["default", "last"])
 def test_validate_measures_the_checkpoint_and_leaves_the_run_alone(
-    config: Path, finished_run: Path, tmp_path: Path
+    config: Path, finished_run: Path, tmp_path: Path, checkpoint: list[str]
 ) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(finished_run, run_dir)
-    arguments = ["--config", str(config), "--run_dir", str(run_dir), "--ckpt_path", "last"]
+    arguments = ["--config", str(config), "--run_dir", str(run_dir), *checkpoint]
     assert main(["validate", *arguments]) == 0
     measured = json.loads((run_dir / "results.json").read_text())
     [*_, last] = map(json.loads, (run_dir / "rounds.jsonl").open())
@@ -295,10 +300,23 @@ def test_test_adds_its_measure_to_the_results(
     assert measured["test/loss"] > 0
 
 
-def test_validate_without_a_run_is_an_error(config: Path, tmp_path: Path, capsys: Captured) -> None:
-    arguments = ["--config", str(config), "--run_dir", str(tmp_path / "none")]
-    assert main(["validate", *arguments, "--ckpt_path", "last"]) == 1
-    assert "there is no run to resume in" in capsys.readouterr().err
+@pytest.mark.parametrize("command", ["validate", "test"])
+@pytest.mark.parametrize("checkpoint", [[], ["--ckpt_path", "last"]], ids=["default", "last"])
+def test_nothing_is_measured_without_a_checkpoint(
+    config: Path, tmp_path: Path, capsys: Captured, command: str, checkpoint: list[str]
+) -> None:
+    run_dir = tmp_path / "none"
+    assert main([command, "--config", str(config), "--run_dir", str(run_dir), *checkpoint]) == 1
+    assert "there is no checkpoint to measure in" in capsys.readouterr().err
+    assert not run_dir.exists()
+
+
+def test_a_run_without_a_global_adapter_is_not_measured(
+    config: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    arguments = ["--config", str(config), "--run_dir", str(tmp_path), "--federated.mode", "local"]
+    assert main(["validate", *arguments]) == 1
+    assert "mode `local` has no global adapter to validate" in capsys.readouterr().err
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(

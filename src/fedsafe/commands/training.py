@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lightning import Trainer
+from jsonargparse.typing import NonNegativeInt
+from lightning import LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
@@ -31,12 +32,24 @@ DESCRIPTIONS = {
     "test": "Measure a run's checkpoint on test conversations (--data.test_path).",
 }
 _CKPT_PATH_HELP = (
-    "Checkpoint to go on from, or to measure: a file, or `last` for the newest one of run_dir."
+    "Checkpoint to go on from, or to measure: a file, or `last` for the newest one of run_dir. "
+    "`validate` and `test` take the last one unless told otherwise."
 )
 _SEED_HELP = (
     "Seed of everything random: the partition, the sampled clients, the order of batches, the "
-    "adapter's initial values. `true` draws one."
+    "adapter's initial values."
 )
+
+
+class AcceptedConfig(SaveConfigCallback):
+    """Writes the run's configuration once training begins: a refused resume leaves the old one."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Wait: a checkpoint to go on from may be refused yet."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write it."""
+        super().setup(trainer, pl_module, stage="fit")
 
 
 class TrainingParser(LightningArgumentParser):
@@ -65,7 +78,7 @@ def make_cli(arguments: list[str]) -> "FedsafeCLI":
     return FedsafeCLI(
         LoraLM,
         FederatedDataModule,
-        save_config_callback=SaveConfigCallback if arguments[0] == "fit" else None,
+        save_config_callback=AcceptedConfig if arguments[0] == "fit" else None,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
         trainer_defaults={
@@ -97,6 +110,15 @@ class FedsafeCLI(LightningCLI):
             "test": objects | {"dataloaders"},
         }
 
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The seed: a number, where Lightning would also take true, false and None."""
+        parser.add_argument(
+            "--seed_everything",
+            type=NonNegativeInt,
+            default=self.seed_everything_default,
+            help=_SEED_HELP,
+        )
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The run's own settings, and those that several parts must share."""
         parser.add_argument("--rounds", type=int, default=10, help="Number of federated rounds.")
@@ -121,8 +143,6 @@ class FedsafeCLI(LightningCLI):
         for action in parser._actions:
             if action.dest == "ckpt_path":
                 action.help = _CKPT_PATH_HELP
-            elif action.dest == "seed_everything":
-                action.help = _SEED_HELP
         return parser
 
     def _parse_ckpt_path(self) -> None:
@@ -134,11 +154,18 @@ class FedsafeCLI(LightningCLI):
         run_dir = Path(config.run_dir)
         # kept out of the configuration, whose copy in the run directory may start other runs
         self._checkpoint, config.ckpt_path = config.ckpt_path, None
-        if self._checkpoint == "last":
-            self._checkpoint = _last_checkpoint(run_dir, again=self.subcommand == "fit")
+        measuring = self.subcommand != "fit"
+        if measuring and config.federated.mode == "local":
+            raise ValueError(
+                f"mode `local` has no global adapter to {self.subcommand}; each client's losses "
+                f"are in {run_dir}/rounds.jsonl"
+            )
+        if self._checkpoint == "last" or (measuring and self._checkpoint is None):
+            find = _measured_checkpoint if measuring else _last_checkpoint
+            self._checkpoint = find(run_dir)
         elif self._checkpoint is not None and not Path(self._checkpoint).is_file():
             raise ValueError(f"there is no checkpoint {self._checkpoint}; give a file or `last`")
-        elif self._checkpoint is None and self.subcommand == "fit":
+        elif self._checkpoint is None:
             _refuse_occupied(run_dir)
         _point_to_world(config)
 
@@ -201,15 +228,25 @@ def _refuse_occupied(run_dir: Path) -> None:
         )
 
 
-def _last_checkpoint(run_dir: Path, *, again: bool) -> str | None:
-    """The run's newest checkpoint; None, which is from the start, if `again` and there is none yet.
+def _measured_checkpoint(run_dir: Path) -> str:
+    file = run_dir / "checkpoints" / LAST
+    if not file.exists():
+        raise ValueError(
+            f"there is no checkpoint to measure in {run_dir}; train it first with fedsafe fit, or "
+            "give another --run_dir or --ckpt_path"
+        )
+    return str(file)
+
+
+def _last_checkpoint(run_dir: Path) -> str | None:
+    """The run's newest checkpoint; None, which is from the start, if there is none yet.
 
     A run killed in its first round has no checkpoint. What that round left is removed.
     """
     file = run_dir / "checkpoints" / LAST
     if file.exists():
         return str(file)
-    if not again or not run_dir.exists():
+    if not run_dir.exists():
         raise ValueError(f"there is no run to resume in {run_dir}; leave --ckpt_path out")
     finished = len(RoundLog(run_dir / "rounds.jsonl").read())
     if finished > 1:
