@@ -69,6 +69,16 @@ def record(number: int, **values: Any) -> dict[str, Any]:
     return {"round": number, "clients": clients, "loss": 0.1, **values}
 
 
+def test_a_loss_that_is_not_finite_is_not_filled_in(tmp_path: Path) -> None:
+    logger = log_rounds(tmp_path, 0)
+    logger.log_metrics({"epoch": 1, "train/loss": torch.tensor(float("nan"))}, step=3)
+    logger.experiment.complete([record(1), record(2, loss=None), record(3, loss=None)])
+    logger.save()
+    rows = rows_of(tmp_path)
+    assert [row["train/loss"] for row in rows] == ["0.25", "nan", ""]
+    assert [row["step"] for row in rows] == ["0", "3", "5"]
+
+
 def test_rounds_that_the_file_lost_are_filled_in(tmp_path: Path) -> None:
     logger = log_rounds(tmp_path, 0)
     logger.experiment.complete([record(1), record(2, **{"val/loss": 3.0}), record(3)])

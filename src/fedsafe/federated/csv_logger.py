@@ -64,8 +64,10 @@ class RoundWriter(ExperimentWriter):
         for record in rounds:
             step += sum(client.get("steps", 0) for client in record["clients"])
             measured = {n: v for n, v in record.items() if n.startswith("val/") and v is not None}
-            loss = torch.tensor(record["loss"]).item()  # in float32, as Lightning logs it
-            known = {"epoch": record["round"] - 1, "step": step, "train/loss": loss}
+            known = {"epoch": record["round"] - 1, "step": step}
+            if record["loss"] is not None:  # as it is where it was not finite
+                loss = torch.tensor(record["loss"]).item()  # in float32, as Lightning logs it
+                known["train/loss"] = loss
             row = self.rows.setdefault(record["round"] - 1, {})
             row.update({n: v for n, v in {**known, **measured}.items() if row.get(n) in (None, "")})
 
