@@ -107,6 +107,33 @@ def test_an_unknown_model_type_is_named() -> None:
         load_base("lama", from_config=LLAMA)
 
 
+@pytest.mark.parametrize(
+    ("family", "name", "message"),
+    [
+        ("llama", "hiden_size", r"has hiden_size, which no llama has; did you mean hidden_size"),
+        ("gpt2", "n_emb", r"has n_emb, which no gpt2 has; did you mean n_embd"),
+        ("llama", "xyz", r"has xyz, which no llama has; leave it out"),
+    ],
+)
+def test_a_misspelt_name_of_a_random_base_is_refused(family: str, name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_base(family, from_config={name: 64})
+
+
+def test_both_names_of_a_size_are_known() -> None:
+    small = {"vocab_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1, "n_positions": 8}
+    for size in ("n_embd", "hidden_size"):
+        assert load_base("gpt2", from_config={**small, size: 16}).config.n_embd == 16
+    rotary = load_base("llama", from_config=LLAMA | {"rope_theta": 77.0}).config
+    assert rotary.rope_parameters["rope_theta"] == 77.0
+
+
+def test_a_random_base_ends_with_no_token_unless_it_is_told_to() -> None:
+    assert load_base("llama", from_config=LLAMA).generation_config.eos_token_id is None
+    told = load_base("llama", from_config=LLAMA | {"eos_token_id": 5})
+    assert told.generation_config.eos_token_id == 5
+
+
 def test_a_model_that_cannot_take_packed_attention_is_refused() -> None:
     config = {"vocab_size": 64, "n_embd": 16, "n_layer": 1, "n_head": 2, "rotary_dim": 4}
     with pytest.raises(ValueError, match="'gptj' has no attention 'fedsafe_packed'; choose anoth"):

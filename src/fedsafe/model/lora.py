@@ -6,7 +6,8 @@ References:
     Dettmers et al. (2023), QLoRA (the 4-bit base). https://arxiv.org/abs/2305.14314
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,13 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.pytorch_utils import Conv1D
+
+_ROTARY = ("rope_theta", "rope_scaling", "partial_rotary_factor")
+"""Names that a configuration moves into its `rope_parameters`."""
 
 
 def load_base(
@@ -45,7 +50,7 @@ def load_base(
         seed: Seed of random weights.
 
     Raises:
-        ValueError: If the model is unknown, or 4 bits cannot run here.
+        ValueError: If the model or a name in `from_config` is unknown, or 4 bits cannot run here.
     """
     if from_config is not None and quantize_4bit:
         raise ValueError("quantize_4bit loads trained weights; it has no use with from_config")
@@ -144,17 +149,34 @@ def _random_base(
     model_type: str, values: dict[str, Any], *, dtype: torch.dtype, attention: str, seed: int
 ) -> PreTrainedModel:
     try:
-        config = AutoConfig.for_model(model_type, **values)
+        default = AutoConfig.for_model(model_type)
     except ValueError as error:
         raise ValueError(
             f"{model_type!r} is not a model type of transformers; with from_config, base is a "
             "type such as 'llama' or 'gpt2'"
         ) from error
+    _check_names(values, default)
+    # a type's own first and last token are those of a tokenizer that a random base does not have
+    no_tokens = {"bos_token_id": None, "eos_token_id": None}
+    config = AutoConfig.for_model(model_type, **no_tokens | values)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def _check_names(names: Iterable[str], default: PreTrainedConfig) -> None:
+    """Refuse a misspelt name; transformers would keep it and build the type's default size."""
+    known = {*default.to_dict(), *default.attribute_map}
+    known |= set(_ROTARY) if "rope_parameters" in known else set()
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        close = get_close_matches(unknown[0], known, cutoff=0.5)
+        raise ValueError(
+            f"from_config has {', '.join(unknown)}, which no {default.model_type} has; "
+            + (f"did you mean {' or '.join(close)}?" if close else "leave it out")
+        )
 
 
 def _four_bit_config(dtype: torch.dtype) -> BitsAndBytesConfig:
