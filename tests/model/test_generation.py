@@ -127,7 +127,7 @@ def test_a_tokenizer_without_padding_is_left_without(
 def test_an_answer_ends_where_the_positions_of_the_model_do(
     answer: Answer, tokenizer: PreTrainedTokenizerBase, model: Model
 ) -> None:
-    tokenizer.eos_token_id = None
+    tokenizer.eos_token_id = model.generation_config.eos_token_id = None
     [text] = answer("x" * 200, max_new_tokens=1000)
     assert 0 < len(text) < 56
 
@@ -135,6 +135,20 @@ def test_an_answer_ends_where_the_positions_of_the_model_do(
 def test_a_prompt_longer_than_the_model_reads_is_an_error(answer: Answer) -> None:
     with pytest.raises(ValueError, match=r"has \d+ tokens and the model 256 positions; shorten"):
         answer("x" * 300)
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_an_answer_ends_at_the_models_own_end_too(
+    answer: Answer, model: Model, tokenizer: PreTrainedTokenizerBase, as_list: bool
+) -> None:
+    text = next(each for each in answer(*TEXTS) if len(set(each)) > 1)
+    question = TEXTS[answer(*TEXTS).index(text)]
+    last = next(c for c in text if c != text[0])
+    end = tokenizer.convert_tokens_to_ids(last)
+    model.generation_config.eos_token_id = [end, 2] if as_list else end
+    assert answer(question)[0].rstrip(last) == text[: text.index(last)]
+    tokenizer.eos_token_id = tokenizer.convert_tokens_to_ids(text[0])
+    assert answer(question)[0].rstrip(text[0]) == ""
 
 
 def test_special_tokens_are_not_part_of_the_answer(answer: Answer) -> None:

@@ -85,11 +85,19 @@ def _generate_batch(
         attention_mask=mask_BT.to(model.device),
         max_new_tokens=min(max_new_tokens, _room(model, ids_BT.shape[1])),
         pad_token_id=filler,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=_end_tokens(model, tokenizer),
         **sampling,
     )
     new_BT = output_BT[:, ids_BT.shape[1] :]  # noqa: N806
     return [str(text) for text in tokenizer.batch_decode(new_BT, skip_special_tokens=True)]
+
+
+def _end_tokens(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """The tokenizer's end and the model's own: some end a turn with a token besides."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    own = base.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    return sorted(ends) or None
 
 
 def _pad_left(rows: Sequence[list[int]], filler: int) -> tuple[Tensor, Tensor]:
