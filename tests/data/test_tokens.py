@@ -307,12 +307,14 @@ def test_a_selection_of_rows_has_a_store_too(
         assert part[index][0].tolist() == store[row][0].tolist()
         assert part[index][1].tolist() == store[row][1].tolist()
         assert part.answer_counts[index] == store.answer_counts[row]
+    assert part.largest_id == max(max(store[row][0]) for row in rows)
 
 
 def test_the_store_of_no_samples_is_empty(tokenizer: PreTrainedTokenizerFast) -> None:
     tokens = tokenize_samples(write_samples(), tokenizer, max_length=64)
     store = TokenStore(tokens.select([]))
     assert len(store) == 0
+    assert store.largest_id == -1
     assert store.lengths.shape == store.answer_counts.shape == (0,)
 
 

@@ -164,6 +164,37 @@ def test_the_probes_of_the_first_call_leave_no_trace(
     assert not fresh.peft_model.training
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate is 0.0; give a number above 0"),
+        ({"learning_rate": -1e-3}, "learning_rate is -0.001; give"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan; give"),
+        ({"lr_floor": 1.1}, "lr_floor is 1.1; give a share of the peak, 0 to 1"),
+        ({"lr_floor": -0.1}, "lr_floor is -0.1; give"),
+        ({"warmup_rounds": -1}, "warmup_rounds is -1; give 0 for none, or more"),
+        ({"warmup_steps": -2}, "warmup_steps is -2; give 0 for none, or more"),
+        ({"lora_dropout": 1.0}, "lora_dropout is 1.0; give 0 to below 1"),
+        ({"lora_dropout": -0.1}, "lora_dropout is -0.1; give"),
+    ],
+)
+def test_a_setting_out_of_its_range_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        LoraLM("gpt2", **settings)
+
+
+def test_a_token_that_the_base_does_not_know_is_refused_trained_or_not(
+    make_module: ModuleMaker, tiny_gpt2: Path
+) -> None:
+    trained = LoraLM(str(tiny_gpt2))
+    trained.configure_model()
+    trained.check_data(vocab_size=130, longest=9, largest_id=127)
+    with pytest.raises(ValueError, match="a sample has token id 128, the base has 128 embeddings"):
+        trained.check_data(vocab_size=130, longest=9, largest_id=128)
+    with pytest.raises(ValueError, match="a sample has token id 64, the base has 64 embeddings"):
+        make_module("llama").check_data(vocab_size=64, longest=9, largest_id=64)
+
+
 def test_an_unknown_base_is_an_error_of_the_first_use(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no base model at"):
         LoraLM(str(tmp_path / "nowhere")).configure_model()

@@ -86,6 +86,8 @@ class TokenStore:
     """Tokens of each sample, shape `(num_samples,)`."""
     answer_counts: NDArray[np.int32]
     """Answer tokens of each sample, shape `(num_samples,)`."""
+    largest_id: int
+    """Largest token id of all samples; -1 where there is none."""
 
     def __init__(self, tokens: datasets.Dataset) -> None:
         """Map the file and count."""
@@ -97,6 +99,7 @@ class TokenStore:
         none = [np.zeros(0, dtype=np.int32)]
         self.lengths = np.concatenate([np.diff(each.offsets) for each in self._chunks] or none)
         self.answer_counts = np.concatenate([each.count() for each in self._chunks] or none)
+        self.largest_id = max((each.largest_id() for each in self._chunks), default=-1)
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -133,6 +136,10 @@ class _Chunk:
         assert mask_start == 0, "input_ids and answer_mask are not aligned"
         # Arrow packs booleans into bits, which no array can view; hence bytes on disk.
         self.answer_mask = mask.values.to_numpy(zero_copy_only=True).view(np.bool_)
+
+    def largest_id(self) -> int:
+        """Largest token id; -1 where there is none."""
+        return int(self.input_ids[self.offsets[0] : self.offsets[-1]].max(initial=-1))
 
     def count(self) -> NDArray[np.int32]:
         """Answer tokens of each sample."""

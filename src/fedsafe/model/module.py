@@ -1,5 +1,6 @@
 """`LoraLM`: a frozen causal language model with a LoRA adapter, as a LightningModule."""
 
+import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -32,7 +33,7 @@ class LoraLM(LightningModule):
             one.
         rank: Rank of the LoRA adapter, 1 or more.
         alpha: Scale of the LoRA adapter; its update is multiplied by alpha / rank.
-        lora_dropout: Dropout on the adapter's input, 0 to 1.
+        lora_dropout: Dropout on the adapter's input, 0 to below 1.
         target_modules: Names of the linear modules that get an adapter, or `all-linear`.
         dtype: Type of the frozen weights; the adapter is always kept and averaged in float32.
         quantize_4bit: Load the base in 4 bits (needs a CUDA device and the extra `quantization`).
@@ -42,7 +43,7 @@ class LoraLM(LightningModule):
             transformers' implementations, for models that need it (`eager`, `sdpa`,
             `flash_attention_2`, `flex_attention`).
         optimizer: Local optimizer, fresh at each visit.
-        learning_rate: Peak learning rate of a visit.
+        learning_rate: Peak learning rate of a visit, above 0.
         weight_decay: Decoupled weight decay (AdamW) or L2 penalty (SGD) on the adapter.
         lr_schedule: Learning rate over rounds; within a visit it is constant but for its warm-up.
         lr_floor: Share of the peak that the cosine schedule decays to, 0 to 1.
@@ -73,6 +74,11 @@ class LoraLM(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        _check_schedule(
+            learning_rate, lr_floor=lr_floor, warmup_rounds=warmup_rounds, warmup_steps=warmup_steps
+        )
+        if not 0 <= lora_dropout < 1:
+            raise ValueError(f"lora_dropout is {lora_dropout}; give 0 to below 1")
         self.save_hyperparameters(logger=False)
         self.strict_loading = False  # checkpoints hold the adapter, not the base
         self.model: PeftModel | None = None
@@ -115,15 +121,16 @@ class LoraLM(LightningModule):
         """The adapter as one vector."""
         return FlatAdapter(self.peft_model.named_parameters())
 
-    def check_data(self, *, vocab_size: int, longest: int) -> None:
+    def check_data(self, *, vocab_size: int, longest: int, largest_id: int = 0) -> None:
         """Refuse samples that the base cannot read, before one of them fails deep inside it.
 
         Args:
             vocab_size: Tokens that the tokenizer knows.
             longest: Tokens of the longest sample.
+            largest_id: Largest token id in the samples.
 
         Raises:
-            ValueError: If a random base has too few embeddings, or a base too few positions.
+            ValueError: If the base has too few embeddings or too few positions.
         """
         base: Any = self.peft_model.get_base_model()
         num_embeddings = base.get_input_embeddings().weight.shape[0]
@@ -132,6 +139,11 @@ class LoraLM(LightningModule):
             raise ValueError(
                 f"the tokenizer has {vocab_size} tokens, the base {num_embeddings}; "
                 f"set vocab_size in from_config to {vocab_size} or more"
+            )
+        if largest_id >= num_embeddings:
+            raise ValueError(
+                f"a sample has token id {largest_id}, the base has {num_embeddings} embeddings; "
+                "leave data.tokenizer and data.train_tokenizer out to take the base's own tokenizer"
             )
         num_positions = getattr(base.config, "max_position_embeddings", None)
         if num_positions is not None and longest > num_positions:
@@ -256,6 +268,18 @@ class LoraLM(LightningModule):
         plain = head_is_plain(model.get_base_model(), self._inputs)
         model.train(was_training)
         return plain
+
+
+def _check_schedule(
+    learning_rate: float, *, lr_floor: float, warmup_rounds: int, warmup_steps: int
+) -> None:
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"learning_rate is {learning_rate}; give a number above 0")
+    if not 0 <= lr_floor <= 1:
+        raise ValueError(f"lr_floor is {lr_floor}; give a share of the peak, 0 to 1")
+    for name, value in (("warmup_rounds", warmup_rounds), ("warmup_steps", warmup_steps)):
+        if value < 0:
+            raise ValueError(f"{name} is {value}; give 0 for none, or more")
 
 
 def refuse_difference(saved: dict[str, Any], current: dict[str, Any]) -> None:
