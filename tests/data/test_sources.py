@@ -155,7 +155,19 @@ def test_a_complete_format_is_read_although_another_is_begun() -> None:
     assert sample["messages"] == EXCHANGE
 
 
+def test_a_plain_column_beside_a_known_one_of_like_name_is_not_read() -> None:
+    path = write_jsonl("a.jsonl", {**GOOD, "client": "a", "clients": "b"})
+    with pytest.warns(UserWarning, match="not read: clients"):
+        (sample,) = load_samples(path)
+    assert sample["client"] == "a"
+
+
 BAD_ROWS = {
+    "label misspelt": ({**GOOD, "lable": "safe"}, "has a column `lable`; rename it to `label`"),
+    "client misspelt": ({**GOOD, "clients": "a"}, "has a column `clients`; rename it to `client`"),
+    "capitals": ({**GOOD, "Label": "safe"}, "has a column `Label`; rename it to `label`"),
+    "category misspelt": ({**GOOD, "catagory": "a"}, "column `catagory`; rename it to `category`"),
+    "answer misspelt": ({"prompt": "Hi", "reponse": "x"}, "column `reponse`; rename it to `resp"),
     "no answer": ({"prompt": "Hi"}, r"has no `response` \(its columns: prompt\)"),
     "null answer": ({"prompt": "Hi", "response": None}, "has no `response`"),
     "empty answer": ({"prompt": "Hi", "response": " \n"}, "`response` is empty"),

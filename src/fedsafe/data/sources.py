@@ -11,6 +11,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from difflib import get_close_matches
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -23,7 +24,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 from fedsafe.data.readers import READERS, Row
 from fedsafe.types import Conversation, Label, Turn
 
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 _NUM_SHOWN = 5
 _FORMATS = {
     "messages": ("messages",),
@@ -31,6 +32,7 @@ _FORMATS = {
     "instruction/input/output": ("instruction", "output"),
 }
 _OPTIONAL = ("client", "label", "category")
+_KNOWN = ("messages", "prompt", "response", "instruction", "input", "output", *_OPTIONAL)
 _TURN = {"role": datasets.Value("string"), "content": datasets.Value("string")}
 _FEATURES = datasets.Features(
     {
@@ -209,6 +211,7 @@ def _parse(record: object) -> dict[str, Any]:
     # A name that is not UTF-8 could not be reported.
     names = {name: str(name).encode(errors="replace").decode() for name in record.keys() - absent}
     fields = {names[name]: value for name, value in record.items() if name in names}
+    _refuse_misspelt(fields)
     used = _format_of(fields)
     ignored = fields.keys() - {*used, "input", *_OPTIONAL}
     if "messages" in used:
@@ -228,6 +231,14 @@ def _parse(record: object) -> dict[str, Any]:
         "category": _name(fields, "category"),
         "ignored": ", ".join(sorted(ignored)) or None,
     }
+
+
+def _refuse_misspelt(fields: dict[str, Any]) -> None:
+    """A column that is almost a known one; left unread, its rows would silently lack a client."""
+    for name in fields.keys() - set(_KNOWN):
+        (close,) = get_close_matches(name.lower(), _KNOWN, n=1, cutoff=0.8) or (None,)
+        if close is not None and close not in fields:
+            raise _BadRowError(f"has a column `{name}`; rename it to `{close}`, or drop it")
 
 
 def _format_of(fields: dict[str, Any]) -> tuple[str, ...]:
