@@ -71,7 +71,10 @@ def test_a_vocabulary_too_small_for_all_bytes_is_refused() -> None:
 
 
 def test_a_tokenizer_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"cannot load a tokenizer from .*nowhere.*: give a hub"):
+    with pytest.raises(
+        ValueError,
+        match=r"from .*nowhere.*: give a hub .* as data.tokenizer, or set data.train_tokenizer",
+    ):
         load_tokenizer(str(tmp_path / "nowhere"))
 
 

@@ -57,7 +57,7 @@ def test_a_base_that_is_given_comes_first(run_dir: Path, tiny_gpt2: Path) -> Non
 
 def test_a_missing_base_is_an_error_that_names_it(run_dir: Path) -> None:
     shutil.rmtree(run_dir / "base")
-    with pytest.raises(ValueError, match=r"no base model at .*base"):
+    with pytest.raises(ValueError, match=r"no base model at .*base.*; for .*, use --base"):
         load_trained(run_dir / "adapter")
 
 

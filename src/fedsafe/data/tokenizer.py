@@ -60,7 +60,8 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"cannot load a tokenizer from {name_or_path!r}: give a hub name or a folder with "
-            f"tokenizer.json ({error})"
+            "tokenizer.json as data.tokenizer, or set data.train_tokenizer to train one "
+            f"({error})"
         ) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer

@@ -27,12 +27,16 @@ def load_trained(
     """
     config = read_adapter_config(adapter)
     name = base or _base_of(adapter, str(config["base_model_name_or_path"]))
-    model = PeftModel.from_pretrained(load_base(name, dtype=dtype), adapter)
-    model.eval()
+    try:
+        model = load_base(name, dtype=dtype)
+    except ValueError as error:
+        raise ValueError(f"{error}; for another one than the adapter names, use --base") from error
+    adapted = PeftModel.from_pretrained(model, adapter)
+    adapted.eval()
     has_tokenizer = (adapter / "tokenizer_config.json").exists()
     tokenizer = load_tokenizer(str(adapter) if has_tokenizer else name)
     ensure_chat_template(tokenizer)
-    return model, tokenizer
+    return adapted, tokenizer
 
 
 def _base_of(adapter: Path, name: str) -> str:
