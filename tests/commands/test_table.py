@@ -1,4 +1,6 @@
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +67,12 @@ def test_a_row_with_an_unknown_setting_is_named(tmp_path: Path, capsys: Captured
         run(file, tmp_path / "out")
     assert caught.value.code == 2
     assert "agregation" in capsys.readouterr().err
+
+
+def test_cores_are_counted_where_the_system_has_no_affinity(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert table._num_cores() >= 1
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert table._num_cores() == (os.cpu_count() or 1)

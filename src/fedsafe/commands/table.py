@@ -1,6 +1,7 @@
 """`fedsafe table`: a grid of methods and seeds in the miniature world."""
 
 import os
+import sys
 from pathlib import Path
 
 from jsonargparse import auto_cli
@@ -39,7 +40,7 @@ def table(output: str, rows: list[Row], seeds: list[int], num_workers: int | Non
     quiet_known_noise()
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    workers = num_workers or len(os.sched_getaffinity(0))
+    workers = num_workers or _num_cores()
     console = Console()
     kept = len(list(folder.glob("runs/*/result.json")))
     if kept:
@@ -56,6 +57,13 @@ def table(output: str, rows: list[Row], seeds: list[int], num_workers: int | Non
             f"{len(results['failed'])} of {len(rows) * len(seeds)} runs failed:\n{names}\n"
             "Each run's folder holds its log.txt; the same command runs only what is missing."
         )
+
+
+def _num_cores() -> int:
+    """Cores that this process may use; all of them where the system does not tell, as macOS."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def fit(arguments: list[str]) -> None:
