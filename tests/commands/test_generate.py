@@ -1,8 +1,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from fedsafe.cli import main
+from fedsafe.commands import generate as command
 
 Captured = pytest.CaptureFixture[str]
 
@@ -32,6 +34,28 @@ def test_sampled_answers_depend_on_the_seed(finished_run: Path, capfd: Captured)
         assert generate("--adapter", adapter, "--prompt", "red cat", *sampling) == 0
         answers.append(capfd.readouterr().out)
     assert answers[0] == answers[1] != answers[2]
+
+
+def test_device_and_type_of_the_weights_are_the_users(
+    finished_run: Path, capfd: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+    original = command.generate_answers
+
+    def spy(model, *args, **kwargs) -> list[str]:
+        used.append((model.device.type, model.dtype))
+        return original(model, *args, **kwargs)
+
+    monkeypatch.setattr(command, "generate_answers", spy)
+    common = ["--adapter", str(finished_run / "adapter"), "--prompt", "red", "--max_new_tokens"]
+    assert generate(*common, "2", "--device", "cpu") == 0
+    assert generate(*common, "2", "--device", "cpu", "--dtype", "bfloat16") == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert generate(*common, "2") == 0
+    assert used == [("cpu", torch.float32), ("cpu", torch.bfloat16), ("cpu", torch.float32)]
+    capfd.readouterr()
+    assert generate(*common, "2", "--device", "cuda") == 1
+    assert "device is cuda and no CUDA device is visible; leave" in capfd.readouterr().err
 
 
 def test_a_missing_adapter_is_an_error(tmp_path: Path, capsys: Captured) -> None:

@@ -1,7 +1,9 @@
 """`fedsafe generate`: try a trained adapter."""
 
 from pathlib import Path
+from typing import Literal
 
+import torch
 from jsonargparse import auto_cli
 from jsonargparse.typing import NonNegativeFloat, PositiveInt
 
@@ -30,6 +32,8 @@ def generate(
     max_new_tokens: PositiveInt = 128,
     temperature: NonNegativeFloat = 0.0,
     seed: int = 0,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> None:
     """Answer a prompt with a trained adapter.
 
@@ -40,8 +44,14 @@ def generate(
         max_new_tokens: Tokens at which the answer is cut off.
         temperature: 0 for the likeliest answer; above 0 to sample.
         seed: Seed of the sampling.
+        device: Where to compute; `auto` takes a CUDA device if there is one.
+        dtype: Type of the base's weights.
     """
-    model, tokenizer = load_trained(Path(adapter), base=base)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda and no CUDA device is visible; leave --device out")
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    model, tokenizer = load_trained(Path(adapter), base=base, dtype=getattr(torch, dtype))
+    model.to("cuda" if on_gpu else "cpu")
     [answer] = generate_answers(
         model,
         tokenizer,
