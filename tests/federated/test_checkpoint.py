@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning import Callback
 
 from fedsafe.federated.checkpoint import AtomicCheckpointIO, RoundCheckpoint
 
@@ -99,3 +100,22 @@ def test_the_checkpoint_holds_the_adapter_but_not_the_base(federation) -> None:
     state = torch.load(file, weights_only=False)["state_dict"]
     assert state
     assert all("lora_" in name for name in state)
+
+
+class _Stop(Callback):
+    """Asks the Trainer to stop when a batch of the second round is done."""
+
+    def on_train_batch_end(self, trainer, *_) -> None:
+        trainer.should_stop = trainer.global_step == 8
+
+
+def test_a_round_that_is_stopped_halfway_is_not_saved_as_finished(federation) -> None:
+    longer = {"max_epochs": 3}
+    run = federation(callbacks=(RoundCheckpoint(), _Stop()), trainer=longer).fit()
+    assert run.trainer.global_step == 8
+    last = run.folder / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=False)["global_step"] == 6
+    resumed = federation(trainer=longer).fit(ckpt_path=last)
+    whole = federation("whole", trainer=longer).fit()
+    assert resumed.rows == whole.rows
+    assert torch.equal(resumed.adapter, whole.adapter)
