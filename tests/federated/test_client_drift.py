@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fedsafe.federated.aggregation import RefusedUpdateError
 from fedsafe.federated.client_drift import Correction, FedProx, Scaffold
 from fedsafe.model.adapter import FlatAdapter
 
@@ -118,3 +119,32 @@ def test_scaffold_goes_on_from_its_state_inside_a_visit_and_a_round(
     expected, state = whole.state_dict(), resumed.state_dict()
     assert state.keys() == expected.keys() == {"client.0", "client.1", "server"}
     assert all(torch.equal(state[name], expected[name]) for name in state)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_control_variate_that_is_not_finite_is_refused(
+    adapter: FlatAdapter, random_adapters: RandomAdapters, value: float
+) -> None:
+    good, bad = random_adapters(2)
+    bad[7] = value
+    correction = Scaffold().correction(0, torch.zeros(SIZE))
+    corrected(adapter, correction, good)
+    correction.check()
+    corrected(adapter, correction, bad)
+    with pytest.raises(RefusedUpdateError, match="1 of 50 values of the control variate are not"):
+        correction.check()
+
+
+def test_what_scaffold_restored_follows_the_adapter_to_its_device(
+    adapter: FlatAdapter, random_adapters: RandomAdapters
+) -> None:
+    scaffold = Scaffold()
+    visit(scaffold, adapter, 0, random_adapters(2))
+    scaffold.end_round(2)
+    visit(scaffold, adapter, 0, random_adapters(2))  # a change that waits on the CPU
+    elsewhere = torch.zeros(SIZE, device="meta")
+    correction = scaffold.correction(0, elsewhere)
+    correction.num_steps = 1  # type: ignore[attr-defined]
+    scaffold.collect(0, correction)
+    scaffold.end_round(2)
+    assert {value.device.type for value in scaffold.state_dict().values()} == {"meta"}

@@ -3,10 +3,12 @@ from typing import Any
 
 import pytest
 import torch
+from lightning import Callback
 
 from fedsafe.data.packing import pack
+from fedsafe.federated.aggregation import RefusedUpdateError
 from fedsafe.federated.client_drift import FedProx, Scaffold
-from fedsafe.federated.local_training import train_client
+from fedsafe.federated.local_training import LocalTraining, train_client
 
 FederationMaker = Callable[..., Any]
 
@@ -77,3 +79,45 @@ def test_settings_of_the_trainer_reach_it(run: Any) -> None:
     settings = {"gradient_clip_val": 1e-9}
     update = train_client(run.module, batches_of(run), start=run.start, trainer_settings=settings)
     torch.testing.assert_close(update.adapter, run.start, atol=1e-6, rtol=0)
+
+
+class _Counts(Callback):
+    num_batches = 0
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.num_batches += 1
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_callbacks_of_the_caller_are_called_too(run: Any, as_list: bool) -> None:
+    counts = _Counts()
+    settings = {"callbacks": [counts] if as_list else counts}
+    train_client(run.module, batches_of(run), start=run.start, trainer_settings=settings)
+    assert counts.num_batches == 3
+
+
+def test_batches_that_the_trainer_would_accumulate_otherwise_are_refused(run: Any) -> None:
+    settings = {"accumulate_grad_batches": 2}
+    with pytest.raises(ValueError, match=r"steps of 1, but accumulate_grad_batches is 2; give the"):
+        train_client(run.module, batches_of(run), start=run.start, trainer_settings=settings)
+
+
+def _overflowing(local: LocalTraining) -> None:
+    """One gradient is infinite when it is averaged and zero when the optimizer steps."""
+    gradient = local._adapter.gradients()[0]
+    gradient.fill_(float("inf"))
+    assert local.correction is not None
+    local.correction.apply(local._adapter)
+    gradient.zero_()
+
+
+def test_what_drift_would_remember_for_ever_must_be_finite(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drift = Scaffold()
+    train_client(run.module, batches_of(run), start=run.start, drift=drift)
+    kept = drift.client_controls[0].clone()
+    monkeypatch.setattr(LocalTraining, "correct_gradients", _overflowing)
+    with pytest.raises(RefusedUpdateError, match="control variate are not finite"):
+        train_client(run.module, batches_of(run), start=run.start, drift=drift)
+    assert torch.equal(drift.client_controls[0], kept)

@@ -134,3 +134,23 @@ def test_a_round_goes_on_from_a_saved_state(random_adapters: RandomAdapters) -> 
     (whole, expected), (resumed, record) = servers
     assert torch.equal(resumed.adapter, whole.adapter)
     assert record == expected
+
+
+def test_an_update_whose_control_variate_is_not_finite_leaves_nothing_behind(
+    random_adapters: RandomAdapters,
+) -> None:
+    start, good, bad = random_adapters(3)
+    drift = Scaffold()
+    server = make_server(start, drift=drift)
+    for client, gradient in enumerate((good, bad * math.inf)):
+        correction = server.correction_for(client)
+        correction.gradient_sum += gradient
+        correction.num_steps = 1
+        update = Update(good, loss=1.0, num_steps=1, num_tokens=10)
+        server.receive(client, update, name=f"client-{client}", weight=1.0, correction=correction)
+    record = server.close_round(num_clients=2)
+    assert [c["status"] for c in record["clients"]] == ["ok", "refused"]
+    assert record["clients"][1]["reason"].startswith("50 of 50 values of the control variate")
+    assert record["tokens"] == 10
+    torch.testing.assert_close(drift.server_control, good / 2)
+    assert sorted(drift.client_controls) == [0]

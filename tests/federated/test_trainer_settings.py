@@ -12,6 +12,8 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.demos.boring_classes import BoringModel
 
+from fedsafe.federated.client_drift import Scaffold
+
 FederationMaker = Callable[..., Any]
 
 
@@ -30,7 +32,9 @@ FederationMaker = Callable[..., Any]
         ({"val_check_interval": 1}, "half-trained adapter would be validated"),
         ({"precision": "bf16-true"}, "'bf16-true'.* would round the adapter, which is averaged in"),
         ({"max_epochs": -1}, "max_epochs is -1; it is the number of rounds"),
-        ({"max_epochs": None, "max_steps": 5}, "max_epochs is -1; it is the number of rounds"),
+        ({"max_steps": 5}, r"max_steps=5\): rounds need max_steps=-1, .* end inside a round; give"),
+        ({"max_epochs": None, "max_steps": 5}, "rounds need max_steps=-1"),
+        ({"max_time": "00:01:00:00"}, "cannot run with max_time or a Timer.*inside a round; leave"),
     ],
 )
 def test_a_trainer_that_would_go_wrong_silently_is_refused(
@@ -54,6 +58,19 @@ def test_a_callback_that_knows_of_no_visits_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=f"cannot run with {type(callback).__name__}"):
         federation(callbacks=(callback,)).fit()
+
+
+def test_gradients_that_are_scaled_are_not_corrected(federation: FederationMaker) -> None:
+    for drift in (None, Scaffold()):
+        run = federation(str(drift), rounds={"client_drift": drift})
+        run.trainer.strategy.precision_plugin.precision = (
+            "16-mixed"  # needs a GPU by the front door
+        )
+        if drift is None:
+            run.fit()
+            continue
+        with pytest.raises(ValueError, match="scales the gradients that client_drift corrects; gi"):
+            run.fit()
 
 
 def test_another_module_or_data_module_is_refused(

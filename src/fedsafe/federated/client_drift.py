@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fedsafe.federated.aggregation import RefusedUpdateError
 from fedsafe.model.adapter import FlatAdapter
 
 
@@ -21,6 +22,13 @@ class Correction(ABC):
     @abstractmethod
     def apply(self, adapter: FlatAdapter) -> None:
         """Change the adapter's gradients in place, before the optimizer steps."""
+
+    def check(self) -> None:  # noqa: B027
+        """Refuse what the visit learnt where it would spoil the rounds to come.
+
+        Raises:
+            RefusedUpdateError: If it is not finite.
+        """
 
     def state_dict(self) -> dict[str, Tensor | int]:
         """What a checkpoint inside the visit must hold."""
@@ -107,6 +115,14 @@ class _ControlVariates(Correction):
         torch._foreach_add_(gradients, adapter.views(self.shift))
         self.num_steps += 1
 
+    def check(self) -> None:
+        num_bad = int((~torch.isfinite(self.mean_gradient())).sum())
+        if num_bad:
+            raise RefusedUpdateError(
+                f"{num_bad} of {self.gradient_sum.numel()} values of the control variate are not "
+                "finite"
+            )
+
     def mean_gradient(self) -> Tensor:
         assert self.num_steps > 0, "a visit ends with an optimizer step"
         return self.gradient_sum / self.num_steps
@@ -148,7 +164,8 @@ class Scaffold(ClientDrift):
         new = correction.mean_gradient()
         old = self.client_controls.get(client)
         change = new if old is None else new - old.to(new.device)
-        self._change = change.clone() if self._change is None else self._change + change
+        so_far = self._change
+        self._change = change.clone() if so_far is None else so_far.to(new.device) + change
         self.client_controls[client] = new
 
     def end_round(self, num_clients: int) -> None:

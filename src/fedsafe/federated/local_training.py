@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from fedsafe.data.packing import TrainingBatch
 from fedsafe.federated.client_drift import ClientDrift, Correction
 from fedsafe.federated.server import Update
+from fedsafe.federated.trainer_settings import check_precision_for_drift
 from fedsafe.model.adapter import FlatAdapter
 from fedsafe.model.module import LoraLM
 
@@ -96,7 +97,16 @@ def train_client(
         start: Adapter to start from, flat float32, shape ``(num_params,)``.
         client: Number of the client, for `drift`.
         drift: Correction against client drift, with this client's memory; None is plain FedAvg.
-        trainer_settings: Settings of the Lightning Trainer: devices, strategy, precision, clipping.
+        trainer_settings: Settings of the Lightning Trainer: devices, strategy, precision, clipping,
+            further callbacks.
+
+    Returns:
+        The update, on the device that it was trained on.
+
+    Raises:
+        RefusedUpdateError: If what `drift` would remember of the visit is not finite.
+        ValueError: If the Trainer accumulates other parts of a step than the batches are, or scales
+            gradients that `drift` corrects.
     """
     visit = _OneVisit(start, client=client, drift=drift)
     quiet = {
@@ -106,7 +116,9 @@ def train_client(
         "enable_model_summary": False,
     }
     settings = {**quiet, **(trainer_settings or {})}
-    trainer = Trainer(max_epochs=1, callbacks=[visit], use_distributed_sampler=False, **settings)
+    given = settings.pop("callbacks", None) or []
+    callbacks = [visit, *(given if isinstance(given, list) else [given])]
+    trainer = Trainer(max_epochs=1, callbacks=callbacks, use_distributed_sampler=False, **settings)
     trainer.fit(module, train_dataloaders=batches)
     assert visit.update is not None, "the trainer was told to stop before the visit's last batch"
     return visit.update
@@ -123,9 +135,22 @@ class _OneVisit(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, LoraLM)
+        if self._drift:
+            check_precision_for_drift(trainer)
+        self._start = self._start.to(pl_module.device)
         correction = self._drift.correction(self._client, self._start) if self._drift else None
         self._local = LocalTraining(pl_module.flat_adapter(), trainer.optimizers[0], correction)
         self._local.begin(self._start)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: TrainingBatch, batch_idx: int
+    ) -> None:
+        if batch.key.num_micro != trainer.accumulate_grad_batches:
+            raise ValueError(
+                f"the batches are parts of steps of {batch.key.num_micro}, but "
+                f"accumulate_grad_batches is {trainer.accumulate_grad_batches}; give the trainer "
+                f"accumulate_grad_batches={batch.key.num_micro}"
+            )
 
     def on_before_optimizer_step(self, *args: Any) -> None:
         self._local.correct_gradients()
@@ -143,4 +168,5 @@ class _OneVisit(Callback):
             return
         self.update = self._local.finish()
         if self._drift and self._local.correction is not None:
+            self._local.correction.check()
             self._drift.collect(self._client, self._local.correction)

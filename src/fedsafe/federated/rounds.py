@@ -222,7 +222,7 @@ class FederatedRounds(Callback):
         self._fitting = stage == "fit"
         if not self._fitting:
             return
-        check_trainer(trainer)
+        check_trainer(trainer, corrects_gradients=self.client_drift is not None)
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(pl_module, LoraLM) or not isinstance(data, FederatedDataModule):
             raise ValueError(

@@ -102,6 +102,8 @@ class Server:
         self._records.append(record)
         self._count_bytes(up=True)
         try:
+            if correction is not None:
+                correction.check()
             self._mean.add(update.adapter, weight=weight)
         except RefusedUpdateError as error:
             record.update(status="refused", reason=str(error))

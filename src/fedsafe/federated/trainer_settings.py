@@ -4,6 +4,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     StochasticWeightAveraging,
+    Timer,
     WeightAveraging,
 )
 
@@ -12,6 +13,7 @@ _NEEDED: dict[str, tuple[int | float, str]] = {
     "limit_train_batches": (1.0, "visits would be cut short"),
     "overfit_batches": (0.0, "visits would be cut short"),
     "val_check_interval": (1.0, "a client's half-trained adapter would be validated"),
+    "max_steps": (-1, "the run would end inside a round; give max_epochs, the number of rounds"),
     "world_size": (1, "every device would repeat the same work"),
 }
 """Settings, the value that rounds need, and what another one would do."""
@@ -20,8 +22,12 @@ _FORBIDDEN = (GradientAccumulationScheduler, StochasticWeightAveraging, WeightAv
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
-def check_trainer(trainer: Trainer) -> None:
+def check_trainer(trainer: Trainer, *, corrects_gradients: bool = False) -> None:
     """Refuse a Trainer that would train something else than asked for.
+
+    Args:
+        trainer: The Trainer of the run.
+        corrects_gradients: Whether a `ClientDrift` changes the gradients.
 
     Raises:
         ValueError: Names the setting, its value and the one that rounds need.
@@ -34,6 +40,11 @@ def check_trainer(trainer: Trainer) -> None:
                 f"Trainer({name}={given!r}): rounds need {name}={value!r}, otherwise {consequence}"
             )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Timer):
+            raise ValueError(
+                "rounds cannot run with max_time or a Timer, which would end the run inside a "
+                "round; leave it out, and stop and resume the run instead"
+            )
         if isinstance(callback, _FORBIDDEN):
             raise ValueError(
                 f"rounds cannot run with {type(callback).__name__}, which knows of no visits; "
@@ -44,7 +55,22 @@ def check_trainer(trainer: Trainer) -> None:
             f"Trainer(precision={trainer.precision!r}) would round the adapter, which is averaged "
             f"in float32; give one of {', '.join(_PRECISIONS)}, and the base's type as model.dtype"
         )
+    if corrects_gradients:
+        check_precision_for_drift(trainer)
     if trainer.max_epochs is None or trainer.max_epochs < 1:
         raise ValueError(
             f"max_epochs is {trainer.max_epochs}; it is the number of rounds, give >= 1"
+        )
+
+
+def check_precision_for_drift(trainer: Trainer) -> None:
+    """Refuse gradients that are scaled when a client drift would correct them.
+
+    Raises:
+        ValueError: If the precision is `16-mixed`.
+    """
+    if trainer.precision == "16-mixed":
+        raise ValueError(
+            "Trainer(precision='16-mixed') scales the gradients that client_drift corrects; give "
+            "'bf16-mixed' or '32-true', or leave client_drift out"
         )
