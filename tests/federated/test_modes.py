@@ -45,7 +45,8 @@ def test_local_clients_are_saved_and_validated_each_on_its_own_adapter(
         run.module.flat_adapter().write(run.rounds.server.own_adapters[visit.client])
         nll = run.module.eval()(pack(rows))
         losses.append(nll.mean().item())
-        folder = run.folder / "adapters" / run.data.partition.names[visit.client]
+        name = run.data.partition.names[visit.client]
+        folder = run.folder / "adapters" / f"{visit.client:04d}-{name}"
         base = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
         loaded = PeftModel.from_pretrained(base, folder).eval()
         ids = torch.tensor([[5, 6, 7]])
@@ -92,3 +93,9 @@ def test_central_training_keeps_its_optimizer_over_rounds(federation: Federation
 def test_a_baseline_has_no_federated_server(mode: str, settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"mode '{mode}' has no federated server"):
         FederatedRounds(mode=mode, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", ["local", "central"])
+def test_no_adapter_travels_in_a_baseline(federation: FederationMaker, mode: str) -> None:
+    run = federation(rounds={"mode": mode}).fit()
+    assert [(row["bytes_up"], row["bytes_down"]) for row in run.rows] == [(0, 0), (0, 0)]

@@ -97,6 +97,28 @@ def test_resuming_from_any_checkpoint_of_a_run_gives_the_same_run(
         assert_same(resumed, whole, all_validated=checkpoint.stem not in ("step=6", "step=12"))
 
 
+class _AfterValidation(ModelCheckpoint):
+    """Keeps a checkpoint of every validation."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            trainer.save_checkpoint(Path(str(self.dirpath)) / f"{trainer.global_step}.ckpt")
+
+
+def test_a_checkpoint_after_validation_keeps_its_figures(
+    federation: FederationMaker, tmp_path: Path
+) -> None:
+    settings = settings_of("fedavg")
+    whole = federation("whole", **settings, callbacks=(_AfterValidation(tmp_path / "saved"),))
+    whole.fit()
+    assert all("val/loss" in row for row in whole.rows)
+    for steps in (6, 12):
+        name = f"from {steps}"
+        shutil.copytree(whole.folder, tmp_path / name)
+        checkpoint = tmp_path / "saved" / f"{steps}.ckpt"
+        assert_same(federation(name, **settings).fit(ckpt_path=checkpoint), whole)
+
+
 def test_resuming_a_finished_run_changes_nothing(
     federation: FederationMaker, tmp_path: Path
 ) -> None:

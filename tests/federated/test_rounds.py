@@ -69,6 +69,7 @@ def test_weights_are_what_was_asked_for(federation: FederationMaker, weighting: 
     }
     for row in run.rows:
         assert {c["client"]: c["weight"] for c in row["clients"]} == expected[weighting]
+        assert {c["client"]: c["samples"] for c in row["clients"]} == expected["samples"]
 
 
 def test_uniform_weights_give_the_plain_mean(federation: FederationMaker) -> None:
@@ -262,8 +263,3 @@ def test_a_random_base_is_written_once_beside_its_adapter(
     run.module.peft_model.get_base_model().set_attn_implementation("sdpa")
     expected = run.module.peft_model.eval()(ids).logits
     torch.testing.assert_close(loaded(ids).logits, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_progress_names_the_round_and_the_visit(federation: FederationMaker) -> None:
-    run = federation(rounds={"clients_per_round": 3}).fit()
-    assert run.rounds.progress == "round 2/2 · client 3/3"

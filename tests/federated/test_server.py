@@ -21,7 +21,7 @@ def make_server(start: Tensor, **settings: Any) -> Server:
 
 def receive(server: Server, client: int, adapter: Tensor, *, weight: float = 1.0) -> None:
     update = Update(adapter, loss=float(client), num_steps=2, num_tokens=10 * (client + 1))
-    server.receive(client, update, name=f"client-{client}", weight=weight)
+    server.receive(client, update, name=f"client-{client}", weight=weight, num_samples=7)
 
 
 def test_a_round_takes_the_weighted_mean_and_records_it(random_adapters: RandomAdapters) -> None:
@@ -147,7 +147,8 @@ def test_an_update_whose_control_variate_is_not_finite_leaves_nothing_behind(
         correction.gradient_sum += gradient
         correction.num_steps = 1
         update = Update(good, loss=1.0, num_steps=1, num_tokens=10)
-        server.receive(client, update, name=f"client-{client}", weight=1.0, correction=correction)
+        name = f"client-{client}"
+        server.receive(client, update, name=name, weight=1.0, num_samples=7, correction=correction)
     record = server.close_round(num_clients=2)
     assert [c["status"] for c in record["clients"]] == ["ok", "refused"]
     assert record["clients"][1]["reason"].startswith("50 of 50 values of the control variate")

@@ -23,11 +23,11 @@ from fedsafe.federated.client_drift import ClientDrift
 from fedsafe.federated.local_training import LocalTraining
 from fedsafe.federated.partition import Partition
 from fedsafe.federated.round_log import RoundLog
+from fedsafe.federated.run_files import client_folder, save_with_tokenizer
 from fedsafe.federated.schedule import RoundPlan, Schedule
 from fedsafe.federated.server import Server
 from fedsafe.federated.server_optimizer import FedAvg, ServerOptimizer
 from fedsafe.federated.trainer_settings import check_trainer
-from fedsafe.model.adapter import save_adapter
 from fedsafe.model.lora import save_random_base
 from fedsafe.model.module import LoraLM, refuse_difference
 
@@ -85,7 +85,6 @@ class FederatedRounds(Callback):
         self._resumed: dict[str, Any] | None = None
         self._local: LocalTraining | None = None
         self._row: dict[str, Any] | None = None
-        self._validated = False
         self._elapsed = 0.0
         self._fitting = False
         self._to_evaluate: Tensor | None = None
@@ -108,10 +107,6 @@ class FederatedRounds(Callback):
         elif self._resumed is not None:
             self._local.load_state_dict(self._resumed["local"])
         self._resumed = None
-        self.progress = (
-            f"round {batch.key.round + 1}/{batch.key.num_rounds} · "
-            f"client {batch.key.visit + 1}/{len(self._plan.visits)}"
-        )
 
     def on_before_optimizer_step(self, *args: Any) -> None:
         """Correct the gradients against client drift."""
@@ -144,6 +139,7 @@ class FederatedRounds(Callback):
             self._local.finish(),
             name=self._partition.names[client],
             weight=self._weight(client),
+            num_samples=len(self._partition.samples_of(client)),
             correction=self._local.correction,
         )
         self._local = None
@@ -153,6 +149,8 @@ class FederatedRounds(Callback):
             if visit.failed:
                 self.server.note_failure(self._partition.names[visit.client])
         record = self.server.close_round(num_clients=len(self._partition))
+        if self.mode != "federated":
+            record |= {"bytes_up": 0, "bytes_down": 0}  # no adapter travels
         self._adapter.write(self.server.adapter)
         self._row = {"round": self._round + 1, **record, "seconds": round(self._elapsed, 3)}
         if self.mode == "local":
@@ -161,26 +159,18 @@ class FederatedRounds(Callback):
         self._go_to(self._round + 1, batches_done=0)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the round down, with what validation measured, and its adapter."""
+        """Write the round down and save its adapter."""
         if self._row is None:
             return
         pl_module.log("train/loss", self._row["loss"], prog_bar=True)
-        measured = {
-            name: value.item()
-            for name, value in trainer.callback_metrics.items()
-            if name.startswith("val/") and self._validated  # else they are an earlier round's
-        }
-        self._write_round(trainer, pl_module, measured)
+        self._write_round(trainer, pl_module)
 
-    def _write_round(
-        self, trainer: Trainer, pl_module: LightningModule, measured: dict[str, float]
-    ) -> None:
+    def _write_round(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._row is not None
         self._save_adapters(trainer, pl_module)
         if trainer.is_global_zero:
-            self._log.append({**self._row, **measured})
+            self._log.append(self._row)
         self._row = None
-        self._validated = False
 
     # ---- evaluation ------------------------------------------------------------------------------
 
@@ -211,8 +201,10 @@ class FederatedRounds(Callback):
             self._adapter.write(self.server.start_of(batch.client))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember that the round has figures of its own."""
-        self._validated = self._row is not None
+        """Add what validation measured to the round's record; checkpoints from now on hold it."""
+        if self._row is not None:
+            measured = trainer.callback_metrics.items()
+            self._row |= {name: x.item() for name, x in measured if name.startswith("val/")}
 
     # ---- setting up ------------------------------------------------------------------------------
 
@@ -269,7 +261,7 @@ class FederatedRounds(Callback):
                 save_random_base(pl_module.peft_model, folder)
                 self._data.tokenizer.save_pretrained(folder)
         if self._row is not None:  # killed between the round's last batch and its end
-            self._write_round(trainer, pl_module, {})
+            self._write_round(trainer, pl_module)
 
     def _make_schedule(self, trainer: Trainer) -> Schedule:
         sampled = self._num_sampled(len(self._data.partition))
@@ -362,20 +354,15 @@ class FederatedRounds(Callback):
         if not trainer.is_global_zero:
             return
         run_dir = Path(trainer.default_root_dir)
+        model, tokenizer = pl_module.peft_model, self._data.tokenizer
         if self.mode != "local":
-            self._save_adapter(pl_module, run_dir / "adapter")
+            save_with_tokenizer(model, tokenizer, folder=run_dir / "adapter")
             return
         for visit in self._schedule.plan(self._round - 1).visits:
             if visit.client in self.server.own_adapters:
                 self._adapter.write(self.server.start_of(visit.client))
-                name = self._partition.names[visit.client]
-                self._save_adapter(pl_module, run_dir / "adapters" / name)
-
-    def _save_adapter(self, module: LoraLM, folder: Path) -> None:
-        """An adapter and its tokenizer."""
-        if not folder.exists():
-            self._data.tokenizer.save_pretrained(folder)
-        save_adapter(module.peft_model, folder)
+                name = client_folder(visit.client, self._partition.names[visit.client])
+                save_with_tokenizer(model, tokenizer, folder=run_dir / "adapters" / name)
 
 
 def _merged(partition: Partition) -> Partition:

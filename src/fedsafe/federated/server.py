@@ -80,6 +80,7 @@ class Server:
         *,
         name: str,
         weight: float,
+        num_samples: int,
         correction: Correction | None = None,
     ) -> None:
         """Take one client's update into the mean, or refuse it and say why in the record.
@@ -89,11 +90,13 @@ class Server:
             update: What it trained.
             name: Name of the client, for the record.
             weight: Its weight in the mean, > 0.
+            num_samples: Samples that it holds, for the record.
             correction: The visit's correction, with what it learnt.
         """
         record = {
             "client": name,
             "status": "ok",
+            "samples": num_samples,
             "weight": weight,
             "steps": update.num_steps,
             "tokens": update.num_tokens,
