@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from fedsafe.data.packing import pack
 from fedsafe.federated.client_drift import FedProx
 from fedsafe.federated.local_training import train_client
+from fedsafe.federated.partition import IID, Natural
 from fedsafe.federated.rounds import FederatedRounds
 from fedsafe.federated.server_optimizer import FedAdam
 from fedsafe.model.module import LoraLM
@@ -99,3 +100,36 @@ def test_a_baseline_has_no_federated_server(mode: str, settings: dict[str, Any])
 def test_no_adapter_travels_in_a_baseline(federation: FederationMaker, mode: str) -> None:
     run = federation(rounds={"mode": mode}).fit()
     assert [(row["bytes_up"], row["bytes_down"]) for row in run.rows] == [(0, 0), (0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("partition", "clients_per_round"), [(IID(2), 1), (IID(2), 2), (IID(13), 5), (Natural(), 4)]
+)
+def test_central_takes_the_steps_of_the_federation_under_local_epochs(
+    federation: FederationMaker, partition: Any, clients_per_round: int
+) -> None:
+    settings = {"local_epochs": 2, "clients_per_round": clients_per_round}
+    steps = {}
+    for mode in ("federated", "central"):
+        run = federation(
+            mode,
+            data={"partition": partition},
+            rounds=settings | {"mode": mode},
+            trainer={"max_epochs": 1},
+        ).fit()
+        steps[mode] = run.trainer.global_step
+    assert steps["central"] == steps["federated"]
+
+
+def test_central_takes_the_mean_where_clients_differ(federation: FederationMaker) -> None:
+    rounds = {"mode": "central", "local_epochs": 1, "clients_per_round": 2}
+    run = federation(rounds=rounds, trainer={"max_epochs": 1}).fit()
+    assert run.trainer.global_step == 5  # of 4 clients with 3, 2, 3 and 2 steps, 2 a round
+
+
+@pytest.mark.parametrize("mode", ["federated", "local", "central"])
+def test_no_mode_has_more_clients_a_round_than_there_are(
+    federation: FederationMaker, mode: str
+) -> None:
+    with pytest.raises(ValueError, match="clients_per_round is 99, but there are 4 clients; cho"):
+        federation(rounds={"mode": mode, "clients_per_round": 99}).fit()

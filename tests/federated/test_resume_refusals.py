@@ -9,9 +9,9 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from fedsafe.federated.client_drift import Scaffold
+from fedsafe.federated.client_drift import FedProx, Scaffold
 from fedsafe.federated.partition import IID
-from fedsafe.federated.server_optimizer import FedAdam
+from fedsafe.federated.server_optimizer import FedAdam, FedAvgM
 
 FederationMaker = Callable[..., Any]
 
@@ -74,6 +74,43 @@ def test_a_checkpoint_of_something_else_is_refused(
     torch.save(saved, checkpoint)
     with pytest.raises(ValueError, match=r"to another run: model.alpha was None and is 8.0"):
         federation().fit(ckpt_path=checkpoint)
+
+
+class _AfterAStep(Checkpoint):
+    """Keeps checkpoints of the inside and of the end of rounds."""
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step in (4, 10):
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / f"{trainer.global_step}.ckpt")
+
+    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(Path(trainer.default_root_dir) / f"{trainer.global_step}.ckpt")
+
+
+RULES = {"server_optimizer": FedAvgM(0.5), "client_drift": FedProx(0.1)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"trainer": {"accumulate_grad_batches": 2}}, r"accumulate_grad_batches was 1 and is 2"),
+        ({"rounds": {"failure_probability": 0.1}}, r"failure_probability was 0.0 and is 0.1"),
+        (
+            {"rounds": {"server_optimizer": FedAvgM(0.9)}},
+            r"server_optimizer.momentum was 0.5 and is 0.9",
+        ),
+        ({"rounds": {"client_drift": FedProx(0.2)}}, r"client_drift.mu was 0.1 and is 0.2"),
+    ],
+)
+def test_rules_may_change_between_rounds_but_not_inside_one(
+    federation: FederationMaker, settings: dict[str, Any], message: str
+) -> None:
+    run = federation(rounds=RULES, callbacks=(_AfterAStep(),)).fit()
+    settings = {**settings, "rounds": RULES | settings.get("rounds", {})}
+    with pytest.raises(ValueError, match=message):
+        federation(**settings).fit(ckpt_path=run.folder / "10.ckpt")
+    again = federation(**settings).fit(ckpt_path=run.folder / "6.ckpt")
+    assert [row["round"] for row in again.rows] == [1, 2]
 
 
 class _InsideAStep(Checkpoint):

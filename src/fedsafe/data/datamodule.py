@@ -178,7 +178,7 @@ class FederatedDataModule(LightningDataModule):
             names = ", ".join(self.schedule.partition.names[v.client] for v in plan.visits)
             raise ValueError(
                 f"every client of round {round_ + 1} fails ({names}), there would be no update; "
-                "lower failure_probability or sample more clients"
+                "resume, or start afresh, with a lower failure_probability"
             )
         return self._visits_loader(plan, done=done)
 

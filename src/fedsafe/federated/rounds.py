@@ -21,7 +21,6 @@ from fedsafe.data.datamodule import GLOBAL_ADAPTER, EvaluationBatch, FederatedDa
 from fedsafe.data.packing import TrainingBatch
 from fedsafe.federated.client_drift import ClientDrift
 from fedsafe.federated.local_training import LocalTraining
-from fedsafe.federated.partition import Partition
 from fedsafe.federated.round_log import RoundLog
 from fedsafe.federated.run_files import client_folder, save_with_tokenizer
 from fedsafe.federated.schedule import RoundPlan, Schedule
@@ -43,7 +42,7 @@ class FederatedRounds(Callback):
         local_epochs: Passes over a client's samples in a visit.
         mode: `federated`; `local` never averages, each client goes on alone; `central` puts all
             samples in one client, whose optimizer is kept, with as many steps a round as the
-            federation takes.
+            federation takes on average.
         weighting: What a client's weight in the mean is: its samples, its answer tokens, or 1.
         server_optimizer: What the server does with the clients' mean.
         client_drift: Correction of local gradients against client drift; None is none.
@@ -222,8 +221,8 @@ class FederatedRounds(Callback):
                 f"{type(pl_module).__name__} and {type(data).__name__}"
             )
         self._data = data
-        self._partition = _merged(data.partition) if self.mode == "central" else data.partition
         self._schedule = self._make_schedule(trainer)
+        self._partition = self._schedule.partition
         data.schedule = self._schedule
         num_adapters = self._schedule.clients_per_round if self.mode == "local" else 1
         data.validated_clients = [GLOBAL_ADAPTER] * num_adapters
@@ -264,23 +263,19 @@ class FederatedRounds(Callback):
             self._write_round(trainer, pl_module)
 
     def _make_schedule(self, trainer: Trainer) -> Schedule:
-        sampled = self._num_sampled(len(self._data.partition))
-        central = self.mode == "central"
-        steps = self.local_steps
-        if central and steps is not None:
-            steps *= sampled
         assert trainer.max_epochs is not None
-        return Schedule(
-            partition=self._partition,
+        federation = Schedule(
+            partition=self._data.partition,
             num_rounds=trainer.max_epochs,
-            clients_per_round=1 if central else sampled,
+            clients_per_round=self._num_sampled(len(self._data.partition)),
             batch_size=self._data.batch_size,
-            local_steps=steps,
+            local_steps=self.local_steps,
             local_epochs=self.local_epochs,
             num_micro=trainer.accumulate_grad_batches,
             failure_probability=self.failure_probability,
             seed=self.seed,
         )
+        return _in_one_place(federation) if self.mode == "central" else federation
 
     def _num_sampled(self, num_clients: int) -> int:
         """Clients per round as a number."""
@@ -312,6 +307,7 @@ class FederatedRounds(Callback):
         """The server, and where the run stands."""
         return {
             "identity": self._identity(),
+            "rules_of_round": self._rules_of_round(),
             "round": self._round,
             "batches_done": self._batches_done,
             "server": self.server.state_dict(),
@@ -326,6 +322,8 @@ class FederatedRounds(Callback):
             self._to_evaluate = state_dict["server"]["adapter"]
             return
         refuse_difference(state_dict["identity"], self._identity())
+        if state_dict["batches_done"] > 0:
+            refuse_difference(state_dict["rules_of_round"], self._rules_of_round())
         if state_dict["batches_done"] % self._schedule.num_micro:
             raise ValueError(
                 "the checkpoint was written between accumulated parts of a step and lacks their "
@@ -344,6 +342,15 @@ class FederatedRounds(Callback):
             **self._data.identity(),
             **{f"federated.{name}": getattr(self, name) for name in names},
             "federated.algorithm": "+".join(rules),
+        }
+
+    def _rules_of_round(self) -> dict[str, Any]:
+        """The settings that may change from round to round, but not inside one."""
+        return {
+            "trainer.accumulate_grad_batches": self._schedule.num_micro,
+            "federated.failure_probability": self.failure_probability,
+            **_numbers_of("server_optimizer", self.server_optimizer),
+            **_numbers_of("client_drift", self.client_drift),
         }
 
     # ---- files -----------------------------------------------------------------------------------
@@ -365,6 +372,20 @@ class FederatedRounds(Callback):
                 save_with_tokenizer(model, tokenizer, folder=run_dir / "adapters" / name)
 
 
-def _merged(partition: Partition) -> Partition:
-    """One client with everything."""
-    return replace(partition, offsets=np.array([0, len(partition.order)]), names=("everyone",))
+def _in_one_place(federation: Schedule) -> Schedule:
+    """One client with everything, and as many steps a round as the federation takes on average."""
+    one = replace(
+        federation.partition,
+        offsets=np.array([0, len(federation.partition.order)]),
+        names=("everyone",),
+    )
+    steps = max(1, round(federation.clients_per_round * federation.mean_steps()))
+    return replace(
+        federation, partition=one, clients_per_round=1, local_steps=steps, local_epochs=None
+    )
+
+
+def _numbers_of(name: str, rule: object) -> dict[str, float]:
+    """The numbers that a rule was made with."""
+    settings = vars(rule).items() if rule is not None else ()
+    return {f"{name}.{key}": value for key, value in settings if isinstance(value, int | float)}

@@ -185,6 +185,13 @@ class Schedule:
         assert self.local_epochs is not None
         return self.local_epochs * -(-len(self.partition.samples_of(client)) // self.batch_size)
 
+    def mean_steps(self) -> float:
+        """Optimizer steps of one visit, averaged over all clients."""
+        if self.local_steps is not None:
+            return self.local_steps
+        assert self.local_epochs is not None
+        return self.local_epochs * float(np.mean(-(-self.partition.sizes // self.batch_size)))
+
     def batches_of(self, visit: Visit, *, start: int = 0) -> Iterator[BatchKey]:
         """The batches of one visit from number `start` on."""
         shuffled = lru_cache(maxsize=2)(partial(self._shuffled, visit))
