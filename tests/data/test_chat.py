@@ -10,10 +10,11 @@ from fedsafe.data.chat import (
     default_chat_template,
     ensure_chat_template,
     render,
-    tokenize_conversation,
+    render_answers,
+    tokenize_rendered,
 )
 from fedsafe.data.tokenizer import train_tokenizer
-from fedsafe.types import Conversation, Turn
+from fedsafe.types import Conversation, TokenizedConversation, Turn
 
 # Written for these tests in the manner of well-known families, each with and without tags.
 TAGGED_TEMPLATES = {
@@ -146,6 +147,13 @@ class SlowTokenizer(PreTrainedTokenizer):
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         return "".join(tokens)
+
+
+def tokenize_conversation(
+    tokenizer: Any, messages: Conversation, *, max_length: int
+) -> TokenizedConversation:
+    rendered = render_answers(tokenizer, messages)
+    return tokenize_rendered(tokenizer, [rendered], max_length=max_length)[0]
 
 
 def answers(tokenizer: Any, messages: Conversation, *, max_length: int = 10_000) -> list[str]:

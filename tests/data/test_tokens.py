@@ -13,7 +13,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from fedsafe.data import tokens as tokens_module
-from fedsafe.data.chat import tokenize_conversation
+from fedsafe.data.chat import render_answers, tokenize_rendered
 from fedsafe.data.sources import load_samples
 from fedsafe.data.tokenizer import load_tokenizer, train_tokenizer
 from fedsafe.data.tokens import TokenStore, tokenize_samples
@@ -76,7 +76,8 @@ def test_tokens_are_those_of_each_conversation(tokenizer: PreTrainedTokenizerFas
     ]
     assert tokens.features["input_ids"] == datasets.List(datasets.Value("int32"))
     for sample, row in zip(samples, tokens, strict=True):
-        ids, mask = tokenize_conversation(tokenizer, sample["messages"], max_length=60)
+        rendered = render_answers(tokenizer, sample["messages"])
+        [(ids, mask)] = tokenize_rendered(tokenizer, [rendered], max_length=60)
         assert row["input_ids"] == ids
         assert row["answer_mask"] == [int(each) for each in mask]
         for name in ("client", "label", "category", "source", "row"):
@@ -207,29 +208,66 @@ def test_a_length_without_room_for_prompt_and_answer_is_refused(
         tokenize_samples(write_samples(), tokenizer, max_length=max_length)
 
 
-@pytest.mark.parametrize("num_proc", [None, 2])
-def test_a_sample_that_the_template_refuses_is_named(
-    tokenizer: PreTrainedTokenizerFast, num_proc: int | None
-) -> None:
+@pytest.fixture
+def refusing(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Its template does not take question 4, in line 5."""
     tokenizer.chat_template = (
         "{% for m in messages %}{% if 'Question 4' in m.content %}{{ raise_exception('no') }}"
         "{% endif %}{{ m.content + eos_token }}{% endfor %}"
     )
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 5: the chat template refuses"):
-        tokenize_samples(write_samples(), tokenizer, max_length=64, num_proc=num_proc)
+    return tokenizer
 
 
-def test_several_processes_give_the_same_tokens(
-    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, folder: Path
+def test_a_sample_that_the_template_refuses_is_named(refusing: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl, line 5: the chat template refuses .* on_bad_row: skip"
+    ):
+        tokenize_samples(write_samples(), refusing, max_length=64)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["first", "from the cache"])
+def test_samples_that_the_template_refuses_can_be_skipped_and_are_listed(
+    refusing: PreTrainedTokenizerFast, again: bool, forbid_tokenizing: Any
 ) -> None:
-    samples = write_samples(20)
-    one = tokenize_samples(samples, tokenizer, max_length=64)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(folder / "other"))
-    two = tokenize_samples(samples, tokenizer, max_length=64, num_proc=2)
-    assert one[:] == two[:]
-    assert [each.tolist() for each in TokenStore(two)[7]] == [
-        each.tolist() for each in TokenStore(one)[7]
-    ]
+    samples = write_samples()
+    if again:
+        with pytest.warns(UserWarning, match="left out 1 of 6"):
+            tokenize_samples(samples, refusing, max_length=64, on_bad_row="skip")
+        forbid_tokenizing()
+    with pytest.warns(UserWarning, match="left out 1 of 6 rows"):
+        tokens = tokenize_samples(
+            samples, refusing, max_length=64, on_bad_row="skip", rejected=Path("rejected.jsonl")
+        )
+    assert tokens["row"][:] == [1, 2, 3, 4, 6]
+    (line,) = map(json.loads, Path("rejected.jsonl").read_text().splitlines())
+    assert (line["source"], line["row"]) == ("a.jsonl", 5)
+    assert line["reason"].startswith("the chat template refuses this conversation: no")
+
+
+def test_refusing_every_sample_is_an_error_when_skipping_too(
+    refusing: PreTrainedTokenizerFast,
+) -> None:
+    refusing.chat_template = "{{ raise_exception('no') }}"
+    with (
+        pytest.warns(UserWarning, match="left out 6 of 6"),
+        pytest.raises(ValueError, match="none of 6 samples is left: the chat template refuses"),
+    ):
+        tokenize_samples(write_samples(), refusing, max_length=64, on_bad_row="skip")
+
+
+def test_skipping_before_does_not_hide_the_error(refusing: PreTrainedTokenizerFast) -> None:
+    samples = write_samples()
+    with pytest.warns(UserWarning, match="left out 1 of 6"):
+        tokenize_samples(samples, refusing, max_length=64, on_bad_row="skip")
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 5: the chat template refuses"):
+        tokenize_samples(samples, refusing, max_length=64)
+
+
+def test_skipping_tells_a_refused_sample_from_one_that_is_too_long(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    with pytest.warns(UserWarning, match="line 2: no answer token within max_length 50"):
+        tokenize_samples(write_one_long(), tokenizer, max_length=50, on_bad_row="skip")
 
 
 def test_samples_in_memory_are_cached_too(

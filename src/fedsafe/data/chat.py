@@ -96,34 +96,24 @@ def render_answers(
     return RenderedConversation(text, answers)
 
 
-def tokenize_conversation(
-    tokenizer: PreTrainedTokenizerBase, messages: Conversation, *, max_length: int
-) -> TokenizedConversation:
-    """Token ids of a conversation and which of them the assistant wrote.
-
-    An answer includes its end-of-turn token, but not white space after it; a token that lies only
-    partly in an answer counts as answer.
-
-    Args:
-        tokenizer: With a chat template (`ensure_chat_template`).
-        messages: The turns.
-        max_length: Number of tokens to keep, from the start.
-
-    Raises:
-        ValueError: As `render_answers` does.
-    """
-    return tokenize_rendered(
-        tokenizer, [render_answers(tokenizer, messages)], max_length=max_length
-    )[0]
-
-
 def tokenize_rendered(
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[RenderedConversation],
     *,
     max_length: int,
 ) -> list[TokenizedConversation]:
-    """Tokenise rendered conversations together, which a fast tokenizer does in parallel."""
+    """Tokenise rendered conversations together, which a fast tokenizer does in parallel.
+
+    An answer includes its end-of-turn token, but not white space after it; a token that lies only
+    partly in an answer counts as answer.
+
+    Args:
+        tokenizer: With a chat template (`ensure_chat_template`).
+        conversations: As `render_answers` returns them.
+        max_length: Number of tokens to keep of each, from the start.
+    """
+    if not conversations:  # a tokenizer does not take none
+        return []
     if not tokenizer.is_fast:
         return [_tokenize_pieces(tokenizer, each, max_length=max_length) for each in conversations]
     # The template holds the special tokens, the beginning of the sequence too.

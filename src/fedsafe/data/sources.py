@@ -73,8 +73,7 @@ def load_samples(
         split: Split to take of a dataset folder or hub name.
         on_bad_row: `error` stops at rows that cannot be used and lists them; `skip` leaves them
             out and warns of their number.
-        rejected: JSONL file to which skipped rows are added as source, row and reason; a line that
-            it holds already is not added again.
+        rejected: JSONL file to which skipped rows are added as source, row and reason.
 
     Returns:
         The usable rows with the columns of `fedsafe.types.Sample`.
@@ -101,19 +100,13 @@ def load_samples(
 
 
 def report_rejected(bad: Sequence[Rejected], *, total: int, rejected: Path | None) -> None:
-    """Warn of rows that are left out, and add them to the file unless they stand there already.
-
-    A resumed run meets the same rows again, hence the look at what the file holds.
-    """
+    """Warn of rows that are left out, and add them to the file."""
     where = ""
     if rejected is not None:
         where = f" (all are listed in {rejected})"
         rejected.parent.mkdir(parents=True, exist_ok=True)
-        with rejected.open("a+", encoding="utf-8") as file:
-            file.seek(0)
-            known = set(file)
-            lines = (json.dumps(each._asdict(), ensure_ascii=False) + "\n" for each in bad)
-            file.writelines(line for line in lines if line not in known)
+        with rejected.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(each._asdict(), ensure_ascii=False) + "\n" for each in bad)
     warnings.warn(f"left out {len(bad)} of {total} rows{where}:\n{_listed(bad)}", stacklevel=3)
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 from bisect import bisect_right
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import datasets
 import numpy as np
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedsafe.data.chat import render_answers, tokenize_rendered
 from fedsafe.data.sources import Rejected, place_of, report_rejected
+from fedsafe.types import Conversation
 
 _CACHE_VERSION = 1
 _BATCH_SIZE = 256
@@ -25,8 +26,8 @@ def tokenize_samples(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
+    on_bad_row: Literal["error", "skip"] = "error",
     rejected: Path | None = None,
-    num_proc: int | None = None,
 ) -> datasets.Dataset:
     """Tokenise samples, or load the tokens if the same was done before.
 
@@ -34,8 +35,9 @@ def tokenize_samples(
         samples: As `data.sources.load_samples` returns them.
         tokenizer: With a chat template (`data.chat.ensure_chat_template`).
         max_length: Number of tokens to keep of a sample, from its start; at least 2.
-        rejected: JSONL file to which samples without an answer token are added.
-        num_proc: Number of processes; None tokenises in this one.
+        on_bad_row: `error` stops at a sample that the chat template refuses; `skip` leaves it out.
+        rejected: JSONL file to which samples that are left out are added: those, and the ones
+            without an answer token.
 
     Returns:
         One row per sample that has an answer token left: `input_ids` (int32), `answer_mask` (uint8,
@@ -49,7 +51,8 @@ def tokenize_samples(
         raise ValueError(
             f"max_length is {max_length}; give at least 2, a prompt and an answer token"
         )
-    fingerprint = _fingerprint(samples, tokenizer, max_length=max_length)
+    skip = on_bad_row == "skip"
+    fingerprint = _fingerprint(samples, tokenizer, max_length=max_length, skip=skip)
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "fedsafe"
     folder.mkdir(parents=True, exist_ok=True)
     tokens = samples.map(
@@ -57,15 +60,14 @@ def tokenize_samples(
         batched=True,
         batch_size=_BATCH_SIZE,
         with_indices=True,
-        fn_kwargs={"tokenizer": tokenizer, "max_length": max_length},
+        fn_kwargs={"tokenizer": tokenizer, "max_length": max_length, "skip": skip},
         remove_columns=["messages"],
         features=_features(samples),
-        num_proc=num_proc,
         new_fingerprint=fingerprint,
         cache_file_name=str(folder / f"tokens-{fingerprint}.arrow"),
         desc="Tokenising",
     )
-    dropped = _dropped(samples, tokens, max_length=max_length)
+    dropped = _dropped(samples, tokens, tokenizer, max_length=max_length, skip=skip)
     if dropped:
         report_rejected(dropped, total=len(samples), rejected=rejected)
     if len(tokens) == 0:
@@ -155,18 +157,24 @@ def _tokenize_batch(
     *,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
+    skip: bool,
 ) -> dict[str, list[Any]]:
-    rendered = []
-    for messages, source, row in zip(batch["messages"], batch["source"], batch["row"], strict=True):
+    rendered = {}
+    for i, messages in enumerate(batch["messages"]):
         try:
-            rendered.append(render_answers(tokenizer, messages))
+            rendered[i] = render_answers(tokenizer, messages)
         except ValueError as error:
-            raise ValueError(f"{place_of(source, row)}: {error}") from error
-    tokenized = tokenize_rendered(tokenizer, rendered, max_length=max_length)
-    kept = [i for i, conversation in enumerate(tokenized) if any(conversation.answer_mask)]
+            if not skip:
+                raise ValueError(
+                    f"{place_of(batch['source'][i], batch['row'][i])}: {error}; or set "
+                    "on_bad_row: skip to leave such rows out"
+                ) from error
+    tokenized = tokenize_rendered(tokenizer, list(rendered.values()), max_length=max_length)
+    answered = {i: each for i, each in zip(rendered, tokenized, strict=True) if any(each[1])}
+    kept = list(answered)
     return {
-        "input_ids": [np.asarray(tokenized[i].input_ids, dtype=np.int32) for i in kept],
-        "answer_mask": [np.asarray(tokenized[i].answer_mask, dtype=np.uint8) for i in kept],
+        "input_ids": [np.asarray(each.input_ids, dtype=np.int32) for each in answered.values()],
+        "answer_mask": [np.asarray(each.answer_mask, dtype=np.uint8) for each in answered.values()],
         **{name: [batch[name][i] for i in kept] for name in _CARRIED},
         "sample": [indices[i] for i in kept],
     }
@@ -185,20 +193,40 @@ def _features(samples: datasets.Dataset) -> datasets.Features:
 
 
 def _dropped(
-    samples: datasets.Dataset, tokens: datasets.Dataset, *, max_length: int
+    samples: datasets.Dataset,
+    tokens: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    skip: bool,
 ) -> list[Rejected]:
     """The samples that are not in the tokens, whether those were made just now or loaded."""
     is_dropped = np.ones(len(samples), dtype=bool)
     is_dropped[tokens.data.column("sample").to_numpy()] = False
-    rows = samples.select_columns(["source", "row"]).select(np.flatnonzero(is_dropped))
-    reason = (
+    rows = samples.select(np.flatnonzero(is_dropped))
+    too_long = (
         f"no answer token within max_length {max_length}; raise max_length or shorten the prompt"
     )
-    return [Rejected(each["source"], each["row"], reason) for each in rows]
+    if not skip:
+        rows = rows.select_columns(["source", "row"])
+        return [Rejected(each["source"], each["row"], too_long) for each in rows]
+    return [
+        Rejected(each["source"], each["row"], _refusal(tokenizer, each["messages"]) or too_long)
+        for each in rows
+    ]
+
+
+def _refusal(tokenizer: PreTrainedTokenizerBase, messages: Conversation) -> str | None:
+    """Why the chat template does not take a conversation; None if it does."""
+    try:
+        render_answers(tokenizer, messages)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _fingerprint(
-    samples: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int
+    samples: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, skip: bool
 ) -> str:
     parts = [
         _CACHE_VERSION,
@@ -207,6 +235,7 @@ def _fingerprint(
         tokenizer.get_chat_template(),
         tokenizer.special_tokens_map,
         _vocabulary(tokenizer),
+        *(["skip"] if skip else []),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
