@@ -7,10 +7,14 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from jsonargparse import auto_parser
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from fedsafe.cli import main
+from fedsafe.commands import training
 from fedsafe.commands.table import table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -67,3 +71,39 @@ def test_every_algorithm_trains(file: Path, config: Path, tmp_path: Path) -> Non
     else:
         assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "run" / "rounds.png").is_file()
+
+
+def logits(model: PreTrainedModel | PeftModel, ids: torch.Tensor) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(ids).logits
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+def test_own_conversations_are_learned_and_the_adapter_loads_elsewhere(
+    real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, make_cli = [], training.make_cli
+    monkeypatch.setattr(training, "make_cli", lambda a: trained.append(make_cli(a)))
+    run_dir = tmp_path / "run"
+    smaller = ["--rounds", "3", "--federated.local_steps", "4", "--data.max_length", "128"]
+    smaller += ["--model.from_config.num_hidden_layers", "2", "--trainer.accelerator", "cpu"]
+    own = ["--data.path", str(real_data / "benign" / "alpaca_en_demo.json")]
+    arguments = ["--config", "configs/jsonl.yaml", *own, *smaller, "--run_dir", str(run_dir)]
+    assert main(["fit", *arguments]) == 0
+
+    rows = [json.loads(line) for line in (run_dir / "rounds.jsonl").open()]
+    losses = [row["val/loss"] for row in rows]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] - 0.1
+
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "adapter")
+    ids = tokenizer("User: Name three fruits.", return_tensors="pt")["input_ids"]
+    base = AutoModelForCausalLM.from_pretrained(run_dir / "base")
+    untrained = logits(base, ids)
+    loaded = logits(PeftModel.from_pretrained(base, run_dir / "adapter"), ids)
+    ours = trained[0].model.peft_model
+    ours.set_attn_implementation("sdpa")
+    torch.testing.assert_close(loaded, logits(ours, ids), atol=1e-5, rtol=1e-5)
+    assert (loaded - untrained).abs().max() > 0.1
