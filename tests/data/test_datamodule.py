@@ -2,6 +2,7 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from fedsafe.data.datamodule import GLOBAL_ADAPTER, EvaluationBatch, FederatedDataModule
 from fedsafe.data.packing import TrainingBatch
-from fedsafe.federated.partition import IID
+from fedsafe.federated.partition import IID, Natural
 from fedsafe.federated.schedule import Schedule
 
 NUM_ROWS = 30
@@ -205,9 +206,9 @@ def test_the_table_of_clients_counts_what_they_hold(make_data: DataMaker) -> Non
     data = make_data()
     rows = data.client_rows()
     assert sum(row.samples for row in rows) == NUM_ROWS - 6
-    for client in range(4):
-        answers = [data.store[i][1].sum() for i in data.partition.samples_of(client)]
-        assert data.answer_tokens(client) == sum(answers)
+    for client, row in enumerate(rows):
+        held = [len(data.store[i][0]) for i in data.partition.samples_of(client)]
+        assert (row.samples, row.tokens) == (len(held), sum(held))
 
 
 @pytest.mark.parametrize(
@@ -217,6 +218,7 @@ def test_the_table_of_clients_counts_what_they_hold(make_data: DataMaker) -> Non
         ({"seed": 1}, "data.seed"),
         ({"batch_size": 5}, "data.batch_size"),
         ({"max_length": 511}, "data.max_length"),
+        ({"validation_share": 0.3}, "data.validation_share"),
     ],
 )
 def test_identity_tells_runs_apart(
@@ -225,6 +227,74 @@ def test_identity_tells_runs_apart(
     one, other = make_data().identity(), make_data(**settings).identity()
     assert one == make_data().identity()
     assert one[name] != other[name]
+
+
+def test_identity_notices_other_samples_of_the_same_length(
+    make_data: DataMaker, conversations: Path, tmp_path: Path
+) -> None:
+    copy, changed = tmp_path / "copy.jsonl", tmp_path / "changed.jsonl"
+    copy.write_text(conversations.read_text())
+    changed.write_text(conversations.read_text().replace("say 7", "say 9"))
+    here = make_data().identity()
+    assert make_data(path=str(copy)).identity() == here
+    there = make_data(path=str(changed)).identity()
+    assert {name for name in here if here[name] != there[name]} == {"data.samples"}
+    assert len(here["data.samples"]) == 12
+    assert here["data.partition"].startswith("IID ")
+
+
+def test_clients_that_validation_takes_whole_are_named(
+    make_data: DataMaker, tmp_path: Path
+) -> None:
+    file = tmp_path / "clients.jsonl"
+    rows = [
+        {"prompt": "say", "response": "a", "client": f"c{min(i, NUM_ROWS - i)}"}
+        for i in range(NUM_ROWS)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.warns(UserWarning, match=r"clients take no part, .*: c\d.*; lower validation_sh"):
+        data = make_data(path=str(file), partition=Natural(), validation_share=0.6)
+    named = {row["client"] for row in rows} - set(data.partition.names)
+    assert named
+
+
+def trainer_of(folder: Path, **hparams: object) -> SimpleNamespace:
+    """As much of a Trainer as the data asks for."""
+    module = SimpleNamespace(hparams=hparams)
+    return SimpleNamespace(
+        is_global_zero=True, default_root_dir=str(folder), lightning_module=module
+    )
+
+
+def test_a_new_vocabulary_is_refused_for_a_trained_base(
+    conversations: Path, tmp_path: Path
+) -> None:
+    data = FederatedDataModule(str(conversations), partition=IID(2), train_tokenizer=290)
+    data.trainer = trainer_of(tmp_path, base="some/model", from_config=None)
+    with pytest.raises(ValueError, match="is 290; it makes a new vocabulary, which a trained base"):
+        data.setup("fit")
+    data.trainer = trainer_of(tmp_path, base="gpt2", from_config={"n_embd": 8})
+    data.setup("fit")
+
+
+def test_bad_rows_of_the_test_conversations_are_listed_too(
+    conversations: Path, tiny_gpt2: Path, tmp_path: Path
+) -> None:
+    train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    for file in (train, test):
+        file.write_text(conversations.read_text() + '{"prompt": "no answer"}\n')
+    data = FederatedDataModule(
+        str(train),
+        partition=IID(2),
+        tokenizer=str(tiny_gpt2),
+        test_path=str(test),
+        on_bad_row="skip",
+    )
+    data.trainer = trainer_of(tmp_path)
+    data.setup("test")
+    data.test_dataloader()
+    lines = (tmp_path / "rejected.jsonl").read_text().splitlines()
+    assert [Path(json.loads(line)["source"]).name for line in lines] == [train.name, test.name]
 
 
 def test_the_training_set_travels_to_a_worker_without_its_tokens(make_data: DataMaker) -> None:

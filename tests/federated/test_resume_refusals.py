@@ -39,11 +39,14 @@ def checkpoint(federation: FederationMaker) -> Path:
         ({"rounds": {"weighting": "uniform"}}, "weighting was 'samples' and is 'uniform'"),
         ({"rounds": {"client_drift": Scaffold()}}, r"was 'FedAvg\+NoneType' and is 'FedAvg\+Sc"),
         ({"rounds": {"server_optimizer": FedAdam()}}, r"'FedAvg\+NoneType' and is 'FedAdam\+N"),
-        ({"data": {"partition": IID(4)}}, "data.partition was '.*' and is"),
+        (
+            {"data": {"partition": IID(4)}},
+            r"data.partition was 'Natural \w{12}' and is 'IID \w{12}'",
+        ),
         ({"data": {"batch_size": 4}}, "data.batch_size was 3 and is 4"),
         ({"data": {"max_length": 400}}, "data.max_length was 512 and is 400"),
         ({"data": {"seed": 2}}, "data.seed was 0 and is 2"),
-        ({"data": {"validation_share": 0.2}}, "data.partition was '.*' and is"),
+        ({"data": {"validation_share": 0.2}}, "data.validation_share was 0.0 and is 0.2"),
     ],
     ids=lambda x: next(iter(next(iter(x.values())))) if isinstance(x, dict) else "",
 )

@@ -2,8 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
+from warnings import warn
 
 import numpy as np
 from lightning import LightningDataModule
@@ -18,6 +21,7 @@ from fedsafe.data.tokenizer import load_tokenizer, train_tokenizer
 from fedsafe.data.tokens import TokenStore, tokenize_samples
 from fedsafe.federated.partition import (
     IID,
+    Natural,
     Partition,
     Partitioner,
     PartitionRow,
@@ -29,6 +33,8 @@ from fedsafe.federated.schedule import BatchKey, RoundPlan, Schedule, Visit
 
 GLOBAL_ADAPTER = -1
 _EVALUATION_TOKENS = 8192
+_DIGEST_DIGITS = 12
+_CLIENTS_NAMED = 10
 
 
 @dataclass
@@ -138,19 +144,28 @@ class FederatedDataModule(LightningDataModule):
         """Samples, tokens and harmful share of each client, for a table."""
         return partition_rows(self.partition, lengths=self.store.lengths, labels=self._labels)
 
-    def answer_tokens(self, client: int) -> int:
-        """Answer tokens that a client holds."""
-        return int(self.store.answer_counts[self.partition.samples_of(client)].sum())
-
     def identity(self) -> dict[str, Any]:
         """The settings that a resumed run must share with the run it resumes."""
+        rule = type(self.partitioner).__name__
         return {
-            "data.partition": self.partition.digest(),
-            "data.tokens": int(self.store.lengths.sum()),
+            "data.samples": self._samples_digest,
+            "data.partition": f"{rule} {self.partition.digest()[:_DIGEST_DIGITS]}",
+            "data.validation_share": self.validation_share,
             "data.batch_size": self.batch_size,
             "data.max_length": self.max_length,
             "data.seed": self.seed,
         }
+
+    @cached_property
+    def _samples_digest(self) -> str:
+        """Short digest of every sample's tokens."""
+        digest = blake2b(digest_size=_DIGEST_DIGITS // 2)
+        for index in range(len(self.store)):
+            ids, is_answer = self.store[index]
+            digest.update(len(ids).to_bytes(4))
+            digest.update(ids.data)
+            digest.update(is_answer.data)
+        return digest.hexdigest()
 
     # ---- Lightning's hooks -----------------------------------------------------------------------
 
@@ -204,8 +219,14 @@ class FederatedDataModule(LightningDataModule):
         """
         if self.test_path is None:
             raise ValueError("there are no test conversations; give --data.test_path")
-        samples = load_samples(self.test_path, split=self.split, on_bad_row=self.on_bad_row)
-        store = TokenStore(tokenize_samples(samples, self.tokenizer, max_length=self.max_length))
+        rejected = self._rejected_file()
+        samples = load_samples(
+            self.test_path, split=self.split, on_bad_row=self.on_bad_row, rejected=rejected
+        )
+        tokens = tokenize_samples(
+            samples, self.tokenizer, max_length=self.max_length, rejected=rejected
+        )
+        store = TokenStore(tokens)
         groups = split_by_budget(store.lengths, max_tokens=_EVALUATION_TOKENS)
         return _evaluation_loader(store, [np.asarray(g) for g in groups], [GLOBAL_ADAPTER])
 
@@ -214,7 +235,10 @@ class FederatedDataModule(LightningDataModule):
     def _load(self) -> None:
         if self._store is not None:
             return
+        self._check_tokenizer()
         rejected = self._rejected_file()
+        if rejected is not None:
+            rejected.unlink(missing_ok=True)
         samples = load_samples(
             self.path, split=self.split, on_bad_row=self.on_bad_row, rejected=rejected
         )
@@ -228,11 +252,22 @@ class FederatedDataModule(LightningDataModule):
             len(tokens), share=self.validation_share, seed=self.seed
         )
         part = tokens.select(train)
+        if isinstance(self.partitioner, Natural):
+            _warn_of_lost_clients(tokens["client"], part["client"])
         columns = SampleColumns(len(train), part["client"], part["label"], part["category"])
         partition = self.partitioner(columns, seed=self.seed)
         self._partition = replace(partition, order=train[partition.order])
         self._labels = tokens["label"]
         self._store = TokenStore(tokens)
+
+    def _check_tokenizer(self) -> None:
+        if self.train_tokenizer is None or self.trainer is None:
+            return
+        if self.trainer.lightning_module.hparams.get("from_config") is None:
+            raise ValueError(
+                f"train_tokenizer is {self.train_tokenizer}; it makes a new vocabulary, which a "
+                "trained base does not know; leave it out"
+            )
 
     def _make_tokenizer(self, texts: Iterator[str]) -> PreTrainedTokenizerBase:
         if self.train_tokenizer is not None:
@@ -252,12 +287,10 @@ class FederatedDataModule(LightningDataModule):
         return str(self.trainer.lightning_module.hparams["base"])
 
     def _rejected_file(self) -> Path | None:
-        """Where to list rejected samples: in the run directory, afresh, by one process."""
+        """Where to list rejected samples: in the run directory, by one process."""
         if self.trainer is None or not self.trainer.is_global_zero:
             return None
-        file = Path(self.trainer.default_root_dir) / "rejected.jsonl"
-        file.unlink(missing_ok=True)
-        return file
+        return Path(self.trainer.default_root_dir) / "rejected.jsonl"
 
     def _visits_loader(self, plan: RoundPlan, *, done: int) -> DataLoader[TrainingBatch]:
         return DataLoader(
@@ -318,3 +351,14 @@ def _evaluation_loader(
 ) -> DataLoader[EvaluationBatch]:
     # in this process, which sees the clients change: Lightning would not ask for another loader
     return DataLoader(_EvaluationPacks(store, packs, clients), batch_size=None, num_workers=0)
+
+
+def _warn_of_lost_clients(before: Sequence[str | None], after: Sequence[str | None]) -> None:
+    lost = sorted({str(name) for name in before} - {str(name) for name in after})
+    if lost:
+        named = ", ".join(lost[:_CLIENTS_NAMED]) + (", ..." if len(lost) > _CLIENTS_NAMED else "")
+        warn(
+            f"{len(lost)} clients take no part, all of their samples are held out for validation: "
+            f"{named}; lower validation_share to keep them",
+            stacklevel=2,
+        )

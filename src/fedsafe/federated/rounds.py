@@ -232,8 +232,12 @@ class FederatedRounds(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse samples that the model cannot read."""
         assert isinstance(pl_module, LoraLM)
-        longest = int(self._data.store.lengths.max())
-        pl_module.check_data(vocab_size=len(self._data.tokenizer), longest=longest)
+        store = self._data.store
+        pl_module.check_data(
+            vocab_size=len(self._data.tokenizer),
+            longest=int(store.lengths.max()),
+            largest_id=store.largest_id,
+        )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the server, from the fresh adapter or from the checkpoint."""
