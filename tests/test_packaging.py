@@ -1,12 +1,17 @@
 """What an installed package must hold, told by setup.cfg alone: nothing is built."""
 
+import ast
 import configparser
+import re
+import sys
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "src" / "fedsafe"
+DISTRIBUTIONS = {"yaml": "pyyaml"}
+"""Packages whose distribution has another name."""
 DATA_FILES = [
     path
     for path in PACKAGE.rglob("*")
@@ -20,11 +25,36 @@ def packaged(patterns: list[str]) -> set[Path]:
     return {file for folder in packages for each in patterns for file in folder.glob(each)}
 
 
+def imported() -> set[str]:
+    """Names of the distributions that some module imports."""
+    names = set()
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names.add(str(node.module).split(".")[0])
+    names -= {"fedsafe", *sys.stdlib_module_names}
+    return {DISTRIBUTIONS.get(name, name) for name in names}
+
+
 @pytest.fixture
-def patterns() -> list[str]:
+def setup_cfg() -> configparser.ConfigParser:
     parser = configparser.ConfigParser()
     parser.read(REPOSITORY / "setup.cfg")
-    return parser["options.package_data"]["*"].split()
+    return parser
+
+
+@pytest.fixture
+def patterns(setup_cfg: configparser.ConfigParser) -> list[str]:
+    return setup_cfg["options.package_data"]["*"].split()
+
+
+def test_what_is_imported_is_required_and_pinned(setup_cfg: configparser.ConfigParser) -> None:
+    required = re.findall(r"^[\w-]+", setup_cfg["options"]["install_requires"], re.MULTILINE)
+    assert imported() <= set(required)
+    pinned = re.findall(r"^([\w-]+)==", (REPOSITORY / "requirements.txt").read_text(), re.MULTILINE)
+    assert set(required) <= {name.lower() for name in pinned}
 
 
 @pytest.mark.parametrize("file", DATA_FILES, ids=lambda file: file.name)
