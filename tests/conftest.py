@@ -33,7 +33,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")  # tiny tensors only get slower on
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """Folder of the real data sets: `$FEDSAFE_DATA`, else `../shared/data` by the repository."""
+    """Folder of the real data sets: `$FEDSAFE_DATA`, or `shared/data` beside the repository."""
     folder = Path(os.environ.get("FEDSAFE_DATA", REPOSITORY.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; point FEDSAFE_DATA at the folder that holds it")
