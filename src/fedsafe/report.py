@@ -27,7 +27,8 @@ class RunReport(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print who holds what."""
         if trainer.is_global_zero:
-            data = _data_of(trainer)
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            assert isinstance(data, FederatedDataModule)
             Console().print(
                 partition_table(data.client_rows(), num_validation=data.num_validation_samples)
             )
@@ -190,9 +191,3 @@ def _number(value: float | None) -> str:
 def _csv_loggers(trainer: Trainer) -> list[RoundCSVLogger]:
     ours = [logger for logger in trainer.loggers if isinstance(logger, RoundCSVLogger)]
     return ours if trainer.is_global_zero else []
-
-
-def _data_of(trainer: Trainer) -> FederatedDataModule:
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    assert isinstance(data, FederatedDataModule)
-    return data
