@@ -97,6 +97,22 @@ def test_resuming_from_any_checkpoint_of_a_run_gives_the_same_run(
         assert_same(resumed, whole, all_validated=checkpoint.stem not in ("step=6", "step=12"))
 
 
+def test_rounds_of_different_lengths_resume_at_their_last_steps_too(
+    federation: FederationMaker, tmp_path: Path
+) -> None:
+    settings = {
+        "rounds": {"local_epochs": 1, "clients_per_round": 2, "seed": 1},
+        "trainer": {"max_epochs": 5},
+    }
+    whole = federation("whole", **settings, callbacks=(EveryStep(tmp_path / "saved"),)).fit()
+    lengths = [len(whole.rounds._schedule.plan(round_)) for round_ in range(5)]
+    assert lengths == [4, 4, 5, 6, 6]
+    for step in (4, 8, 9, 13, 19, 25):
+        shutil.copytree(whole.folder, tmp_path / f"from {step}")
+        checkpoint = tmp_path / "saved" / f"step={step}.ckpt"
+        assert_same(federation(f"from {step}", **settings).fit(ckpt_path=checkpoint), whole)
+
+
 class _AfterValidation(ModelCheckpoint):
     """Keeps a checkpoint of every validation."""
 

@@ -9,11 +9,9 @@ The round, as in McMahan et al. (2017), Algorithm 1 (https://arxiv.org/abs/1602.
 """
 
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
@@ -265,6 +263,8 @@ class FederatedRounds(Callback):
                 self._data.tokenizer.save_pretrained(folder)
         if self._row is not None:  # killed between the round's last batch and its end
             self._write_round(trainer, pl_module)
+            # Lightning begins afresh only if it has done as many batches as the new round has
+            trainer.fit_loop.epoch_loop.batch_progress.current.completed = len(self._plan)
 
     def _make_schedule(self, trainer: Trainer) -> Schedule:
         assert trainer.max_epochs is not None
@@ -279,7 +279,7 @@ class FederatedRounds(Callback):
             failure_probability=self.failure_probability,
             seed=self.seed,
         )
-        return _in_one_place(federation) if self.mode == "central" else federation
+        return federation.in_one_place() if self.mode == "central" else federation
 
     def _num_sampled(self, num_clients: int) -> int:
         """Clients per round as a number."""
@@ -374,19 +374,6 @@ class FederatedRounds(Callback):
                 self._adapter.write(self.server.start_of(visit.client))
                 name = client_folder(visit.client, self._partition.names[visit.client])
                 save_with_tokenizer(model, tokenizer, folder=run_dir / "adapters" / name)
-
-
-def _in_one_place(federation: Schedule) -> Schedule:
-    """One client with everything, and as many steps a round as the federation takes on average."""
-    one = replace(
-        federation.partition,
-        offsets=np.array([0, len(federation.partition.order)]),
-        names=("everyone",),
-    )
-    steps = max(1, round(federation.clients_per_round * federation.mean_steps()))
-    return replace(
-        federation, partition=one, clients_per_round=1, local_steps=steps, local_epochs=None
-    )
 
 
 def _numbers_of(name: str, rule: object) -> dict[str, float]:

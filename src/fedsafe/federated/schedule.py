@@ -5,7 +5,7 @@ order and a client on another machine all draw the same samples.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property, lru_cache, partial
 from hashlib import blake2b
@@ -191,6 +191,16 @@ class Schedule:
             return self.local_steps
         assert self.local_epochs is not None
         return self.local_epochs * float(np.mean(-(-self.partition.sizes // self.batch_size)))
+
+    def in_one_place(self) -> "Schedule":
+        """One client with everything, and as many steps a round as this takes on average."""
+        one = replace(
+            self.partition, offsets=np.array([0, len(self.partition.order)]), names=("everyone",)
+        )
+        steps = max(1, round(self.clients_per_round * self.mean_steps()))
+        return replace(
+            self, partition=one, clients_per_round=1, local_steps=steps, local_epochs=None
+        )
 
     def batches_of(self, visit: Visit, *, start: int = 0) -> Iterator[BatchKey]:
         """The batches of one visit from number `start` on."""
