@@ -224,7 +224,11 @@ class FederatedDataModule(LightningDataModule):
             self.test_path, split=self.split, on_bad_row=self.on_bad_row, rejected=rejected
         )
         tokens = tokenize_samples(
-            samples, self.tokenizer, max_length=self.max_length, rejected=rejected
+            samples,
+            self.tokenizer,
+            max_length=self.max_length,
+            on_bad_row=self.on_bad_row,
+            rejected=rejected,
         )
         store = TokenStore(tokens)
         groups = split_by_budget(store.lengths, max_tokens=_EVALUATION_TOKENS)
@@ -246,7 +250,11 @@ class FederatedDataModule(LightningDataModule):
             turn["content"] for row in samples for turn in row["messages"]
         )
         tokens = tokenize_samples(
-            samples, self._tokenizer, max_length=self.max_length, rejected=rejected
+            samples,
+            self._tokenizer,
+            max_length=self.max_length,
+            on_bad_row=self.on_bad_row,
+            rejected=rejected,
         )
         train, self._validation = validation_split(
             len(tokens), share=self.validation_share, seed=self.seed
