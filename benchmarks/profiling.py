@@ -16,7 +16,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loops.optimization.automatic import Closure
 
 from fedsafe.data import datamodule
-from fedsafe.federated import rounds
+from fedsafe.federated import run_files
 from fedsafe.federated.local_training import LocalTraining
 from fedsafe.federated.round_log import RoundLog
 from fedsafe.federated.rounds import FederatedRounds
@@ -42,7 +42,7 @@ _TIMED: tuple[tuple[str, Any, str], ...] = (
     ("adapter in and out of the model", LocalTraining, "finish"),
     ("aggregation", Server, "receive"),
     ("aggregation", Server, "close_round"),
-    ("files: adapter", rounds, "save_adapter"),
+    ("files: adapter", run_files, "save_adapter"),
     ("files: rounds.jsonl", RoundLog, "append"),
     ("hooks of FederatedRounds", FederatedRounds, "on_train_epoch_end"),
     ("hooks of FederatedRounds", FederatedRounds, "on_train_batch_start"),
