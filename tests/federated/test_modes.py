@@ -89,7 +89,9 @@ def test_central_training_keeps_its_optimizer_over_rounds(federation: Federation
 
 @pytest.mark.parametrize("mode", ["local", "central"])
 @pytest.mark.parametrize(
-    "settings", [{"server_optimizer": FedAdam()}, {"client_drift": FedProx()}], ids=str
+    "settings",
+    [{"server_optimizer": FedAdam()}, {"client_drift": FedProx()}],
+    ids=["server_optimizer", "client_drift"],
 )
 def test_a_baseline_has_no_federated_server(mode: str, settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"mode '{mode}' has no federated server"):
