@@ -168,3 +168,9 @@ def test_a_saved_random_base_is_the_base_without_its_adapter(tmp_path: Path) -> 
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert same(loaded, load_base("llama", from_config=LLAMA, seed=7))
     assert adapted.peft_config["default"].base_model_name_or_path == str(tmp_path / "base")
+
+
+@pytest.mark.parametrize("values", [{"hidden_size": "wide"}, {"hidden_size": 30}])
+def test_a_value_that_makes_no_model_is_refused(values: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="from_config does not make a llama: "):
+        load_base("llama", from_config={"num_attention_heads": 4, **values})

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import (
@@ -158,7 +159,11 @@ def _random_base(
     _check_names(values, default)
     # a type's own first and last token are those of a tokenizer that a random base does not have
     no_tokens = {"bos_token_id": None, "eos_token_id": None}
-    config = AutoConfig.for_model(model_type, **no_tokens | values)
+    try:
+        config = AutoConfig.for_model(model_type, **no_tokens | values)
+    except StrictDataclassError as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"from_config does not make a {model_type}: {reason}") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
