@@ -127,7 +127,6 @@ class FederatedRounds(Callback):
         self._elapsed += time.perf_counter() - self._batch_started
         if self._batches_done == len(self._plan):
             self._end_round()
-        self._data.position = (self._round, self._batches_done)
 
     def _end_visit(self, client: int) -> None:
         assert self._local is not None
