@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from fedsafe.commands.noise import quiet_known_noise
 from fedsafe.commands.parsing import exit_with
 from fedsafe.data.datamodule import FederatedDataModule
-from fedsafe.federated.checkpoint import LAST, AtomicCheckpointIO, RoundCheckpoint
+from fedsafe.federated.checkpoint import AtomicCheckpointIO, RoundCheckpoint, last_checkpoint
 from fedsafe.federated.csv_logger import RoundCSVLogger
 from fedsafe.federated.progress import RoundProgressBar
 from fedsafe.federated.round_log import RoundLog
@@ -229,7 +229,7 @@ def _refuse_occupied(run_dir: Path) -> None:
 
 
 def _measured_checkpoint(run_dir: Path) -> str:
-    file = run_dir / "checkpoints" / LAST
+    file = last_checkpoint(run_dir)
     if not file.exists():
         raise ValueError(
             f"there is no checkpoint to measure in {run_dir}; train it first with fedsafe fit, or "
@@ -243,7 +243,7 @@ def _last_checkpoint(run_dir: Path) -> str | None:
 
     A run killed in its first round has no checkpoint. What that round left is removed.
     """
-    file = run_dir / "checkpoints" / LAST
+    file = last_checkpoint(run_dir)
     if file.exists():
         return str(file)
     if not run_dir.exists():

@@ -149,12 +149,17 @@ class FederatedDataModule(LightningDataModule):
         rule = type(self.partitioner).__name__
         return {
             "data.samples": self._samples_digest,
-            "data.partition": f"{rule} {self.partition.digest()[:_DIGEST_DIGITS]}",
+            "data.partition": f"{rule} {self._partition_digest}",
             "data.validation_share": self.validation_share,
             "data.batch_size": self.batch_size,
             "data.max_length": self.max_length,
             "data.seed": self.seed,
         }
+
+    @cached_property
+    def _partition_digest(self) -> str:
+        """Short digest of the split; each checkpoint asks for it."""
+        return self.partition.digest()[:_DIGEST_DIGITS]
 
     @cached_property
     def _samples_digest(self) -> str:

@@ -11,7 +11,10 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from fedsafe.data.packing import TrainingBatch
 
-LAST = "last.ckpt"
+
+def last_checkpoint(run_dir: Path) -> Path:
+    """Where a run keeps its newest checkpoint, whether there is one or not."""
+    return run_dir / "checkpoints" / "last.ckpt"
 
 
 class RoundCheckpoint(Checkpoint):
@@ -49,7 +52,7 @@ class RoundCheckpoint(Checkpoint):
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / LAST)
+        trainer.save_checkpoint(last_checkpoint(Path(trainer.default_root_dir)))
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
