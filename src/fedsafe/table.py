@@ -30,6 +30,7 @@ from fedsafe.model.lora import load_base
 from fedsafe.model.pretrained import load_trained
 from fedsafe.world.evaluation import evaluate
 from fedsafe.world.files import write_world
+from fedsafe.world.grammar import load_grammar
 
 Fit = Callable[[list[str]], None]
 """Runs `fedsafe fit` with these arguments."""
@@ -235,6 +236,7 @@ def _write_overrides(cell: Cell, run_dir: Path) -> Path:
                     "init_args": {
                         "path": str(cell.world / "red_team.jsonl"),
                         "temperature": 1.0,
+                        "openings": list(load_grammar().refusal_openings),
                     },
                 }
             ],

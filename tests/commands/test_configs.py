@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from fedsafe.cli import main
 from fedsafe.commands import training
 from fedsafe.commands.table import table
+from fedsafe.world.grammar import load_grammar
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
@@ -107,3 +108,9 @@ def test_own_conversations_are_learned_and_the_adapter_loads_elsewhere(
     ours.set_attn_implementation("sdpa")
     torch.testing.assert_close(loaded, logits(ours, ids), atol=1e-5, rtol=1e-5)
     assert (loaded - untrained).abs().max() > 0.1
+
+
+def test_the_demo_recognises_refusals_as_its_table_does() -> None:
+    demo = yaml.safe_load((REPOSITORY / "configs" / "demo.yaml").read_text())
+    [probe] = demo["trainer"]["callbacks"]
+    assert tuple(probe["init_args"]["openings"]) == load_grammar().refusal_openings
