@@ -4,6 +4,8 @@ from typing import Literal, NamedTuple, TypedDict
 
 Role = Literal["system", "user", "assistant"]
 Label = Literal["safe", "unsafe"]
+JudgedPart = Literal["pair", "prompt", "response"]
+"""What of a sample a guard is shown: all of it, all but the answer, or the answer alone."""
 
 
 class Turn(TypedDict):
@@ -42,3 +44,16 @@ class TokenizedConversation(NamedTuple):
     input_ids: list[int]
     answer_mask: list[bool]
     """True where the token was written by the assistant; same length as `input_ids`."""
+
+
+class Verdict(NamedTuple):
+    """What a guard says of one conversation."""
+
+    unsafe: float
+    """Probability that it is unsafe, 0 to 1."""
+    categories: tuple[str, ...]
+    """Kinds of harm that the guard names, such as `S1`; none of a safe conversation."""
+    guard: str
+    """Name of the guard."""
+    shortened: bool = False
+    """Whether the guard saw its beginning and end only, because its window is too short."""

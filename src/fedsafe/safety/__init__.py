@@ -1,0 +1,1 @@
+"""Guards, the filter on each client, and the constitution on the server."""

@@ -1,0 +1,52 @@
+"""What every guard is: conversations in, verdicts out."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from fedsafe.types import Conversation, JudgedPart, Turn, Verdict
+
+
+class Guard(ABC):
+    """A model that gives a verdict on conversations.
+
+    Building one is cheap: weights are loaded when the first conversation is judged.
+    """
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Short name for reports, such as `llama-guard-3-8b`."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """Digest of all that a verdict depends on: the weights, the prompt, the settings.
+
+        Verdicts are kept under it, so it changes when they could.
+        """
+
+    @abstractmethod
+    def judge(self, conversations: Sequence[Conversation]) -> list[Verdict]:
+        """One verdict a conversation, in order; the same for the same list.
+
+        Args:
+            conversations: Each ends with the turn that is judged, the user's or the assistant's.
+
+        Raises:
+            ValueError: If a conversation cannot be judged. The message holds none of its text.
+        """
+
+
+def shown(messages: Conversation, part: JudgedPart) -> Conversation:
+    """What a guard is shown of a sample.
+
+    Args:
+        messages: The sample; its last turn is the assistant's.
+        part: `pair` shows all of it, so that the answer is judged in its context; `prompt` leaves
+            the answer out; `response` shows the answer alone, as if a user had said it.
+    """
+    if part == "pair":
+        return messages
+    if part == "prompt":
+        return messages[:-1]
+    return [Turn(role="user", content=messages[-1]["content"])]
