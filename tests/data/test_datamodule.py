@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedsafe.data.datamodule import GLOBAL_ADAPTER, EvaluationBatch, FederatedDataModule
+from fedsafe.data.datamodule import GLOBAL_ADAPTER, FederatedDataModule
+from fedsafe.data.loaders import EvaluationBatch
 from fedsafe.data.packing import TrainingBatch
 from fedsafe.federated.partition import IID, Natural
 from fedsafe.federated.schedule import Schedule

@@ -1,7 +1,7 @@
 """`FederatedDataModule`: from files of conversations to the packed batches of each visit."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -11,11 +11,12 @@ from warnings import warn
 import numpy as np
 from lightning import LightningDataModule
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from fedsafe.data.chat import ensure_chat_template
-from fedsafe.data.packing import Pack, TrainingBatch, pack, pack_batch, split_by_budget
+from fedsafe.data.loaders import EvaluationBatch, evaluation_loader, visits_loader
+from fedsafe.data.packing import TrainingBatch
 from fedsafe.data.sources import load_samples
 from fedsafe.data.tokenizer import load_tokenizer, train_tokenizer
 from fedsafe.data.tokens import TokenStore, tokenize_samples
@@ -29,23 +30,11 @@ from fedsafe.federated.partition import (
     partition_rows,
     validation_split,
 )
-from fedsafe.federated.schedule import BatchKey, RoundPlan, Schedule, Visit
+from fedsafe.federated.schedule import RoundPlan, Schedule, Visit
 
 GLOBAL_ADAPTER = -1
-_EVALUATION_TOKENS = 8192
 _DIGEST_DIGITS = 12
 _CLIENTS_NAMED = 10
-
-
-@dataclass
-class EvaluationBatch(Pack):
-    """A pack of validation or test samples.
-
-    Attributes:
-        client: Whose adapter to evaluate; `GLOBAL_ADAPTER` for the server's.
-    """
-
-    client: int
 
 
 class FederatedDataModule(LightningDataModule):
@@ -200,21 +189,19 @@ class FederatedDataModule(LightningDataModule):
                 f"every client of round {round_ + 1} fails ({names}), there would be no update; "
                 "resume, or start afresh, with a lower failure_probability"
             )
-        return self._visits_loader(plan, done=done)
+        return visits_loader(self.store, plan, done=done, num_workers=self.num_workers)
 
     def client_dataloader(self, visit: Visit) -> DataLoader[TrainingBatch]:
         """The batches of one visit alone, for a client of a real federation."""
         assert self.schedule is not None, "a client needs the schedule of the federation"
-        return self._visits_loader(RoundPlan(self.schedule, visit.round, [visit]), done=0)
+        plan = RoundPlan(self.schedule, visit.round, [visit])
+        return visits_loader(self.store, plan, done=0, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader[EvaluationBatch] | list[Any]:
         """The held-out samples, in packs; once for each adapter to validate."""
         if not len(self._validation):
             return []
-        lengths = self.store.lengths[self._validation]
-        groups = split_by_budget(lengths, max_tokens=_EVALUATION_TOKENS)
-        packs = [self._validation[group] for group in groups]
-        return _evaluation_loader(self.store, packs, self.validated_clients)
+        return evaluation_loader(self.store, self._validation, self.validated_clients)
 
     def test_dataloader(self) -> DataLoader[EvaluationBatch]:
         """The test samples, in packs.
@@ -235,9 +222,7 @@ class FederatedDataModule(LightningDataModule):
             on_bad_row=self.on_bad_row,
             rejected=rejected,
         )
-        store = TokenStore(tokens)
-        groups = split_by_budget(store.lengths, max_tokens=_EVALUATION_TOKENS)
-        return _evaluation_loader(store, [np.asarray(g) for g in groups], [GLOBAL_ADAPTER])
+        return evaluation_loader(TokenStore(tokens), np.arange(len(tokens)), [GLOBAL_ADAPTER])
 
     # ---- steps -----------------------------------------------------------------------------------
 
@@ -304,66 +289,6 @@ class FederatedDataModule(LightningDataModule):
         if self.trainer is None or not self.trainer.is_global_zero:
             return None
         return Path(self.trainer.default_root_dir) / "rejected.jsonl"
-
-    def _visits_loader(self, plan: RoundPlan, *, done: int) -> DataLoader[TrainingBatch]:
-        return DataLoader(
-            _TrainingPacks(self.store),
-            sampler=_RestOfRound(plan, done=done),
-            batch_size=None,
-            num_workers=self.num_workers,
-        )
-
-
-class _RestOfRound(Sampler[BatchKey]):
-    """Batches of a round from number `done` on.
-
-    Its length is the whole round's: Lightning restores its own counter of batches and compares it
-    with the length.
-    """
-
-    def __init__(self, plan: RoundPlan, *, done: int) -> None:
-        self.plan = plan
-        self.done = done
-
-    def __len__(self) -> int:
-        return len(self.plan)
-
-    def __iter__(self) -> Iterator[BatchKey]:
-        return self.plan.batches(start=self.done)
-
-
-class _TrainingPacks(Dataset[TrainingBatch]):
-    def __init__(self, store: TokenStore) -> None:
-        self.store = store
-
-    def __getitem__(self, key: BatchKey) -> TrainingBatch:
-        return pack_batch(self.store, key)
-
-
-class _EvaluationPacks(Dataset[EvaluationBatch]):
-    """Every pack, once for each of `clients`, who are looked up when a batch is made."""
-
-    def __init__(
-        self, store: TokenStore, packs: Sequence[NDArray[np.int64]], clients: Sequence[int]
-    ) -> None:
-        self.store = store
-        self.packs = packs
-        self.clients = clients
-
-    def __len__(self) -> int:
-        return len(self.packs) * len(self.clients)
-
-    def __getitem__(self, index: int) -> EvaluationBatch:
-        number, place = divmod(index, len(self.packs))
-        packed = pack([self.store[i] for i in self.packs[place].tolist()])
-        return EvaluationBatch(**vars(packed), client=self.clients[number])
-
-
-def _evaluation_loader(
-    store: TokenStore, packs: Sequence[NDArray[np.int64]], clients: Sequence[int]
-) -> DataLoader[EvaluationBatch]:
-    # in this process, which sees the clients change: Lightning would not ask for another loader
-    return DataLoader(_EvaluationPacks(store, packs, clients), batch_size=None, num_workers=0)
 
 
 def _warn_of_lost_clients(before: Sequence[str | None], after: Sequence[str | None]) -> None:

@@ -15,7 +15,8 @@ from typing import Any, Literal
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from fedsafe.data.datamodule import GLOBAL_ADAPTER, EvaluationBatch, FederatedDataModule
+from fedsafe.data.datamodule import GLOBAL_ADAPTER, FederatedDataModule
+from fedsafe.data.loaders import EvaluationBatch
 from fedsafe.data.packing import TrainingBatch
 from fedsafe.federated.client_drift import ClientDrift
 from fedsafe.federated.local_training import LocalTraining
