@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import random
 import shutil
 import tempfile
@@ -16,6 +15,7 @@ from rich.progress import track
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from fedsafe.cache import cache_dir as default_cache
 from fedsafe.types import TokenizedConversation
 from fedsafe.world.batching import IGNORED, Batch, encode, pad
 from fedsafe.world.corpus import HARMFUL_SHARE, SHARES, Text, pretraining_texts
@@ -48,7 +48,7 @@ def pretrained_base(
     Returns:
         Directory with the configuration, the weights and the tokenizer; do not write in it.
     """
-    base = (cache_dir or _default_cache()) / f"world-base-{_cache_key(seed, num_steps)}"
+    base = (cache_dir or default_cache()) / f"world-base-{_cache_key(seed, num_steps)}"
     if base.is_dir():
         return base
     base.parent.mkdir(parents=True, exist_ok=True)
@@ -152,10 +152,6 @@ def _config(tokenizer: PreTrainedTokenizerFast) -> GPT2Config:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-
-
-def _default_cache() -> Path:
-    return Path(os.environ.get("FEDSAFE_CACHE", "~/.cache/fedsafe")).expanduser()
 
 
 def _cache_key(seed: int, num_steps: int) -> str:
