@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from fedsafe.data.readers import READERS, Row
-from fedsafe.types import Conversation, Label, Turn
+from fedsafe.types import Conversation, Label, Sample, Turn
 
 _CACHE_VERSION = 2
 _NUM_SHOWN = 5
@@ -52,6 +52,14 @@ class Rejected(NamedTuple):
     source: str
     row: int
     reason: str
+
+
+class CheckedRow(NamedTuple):
+    """A row as its file has it, and the sample it holds or why it holds none."""
+
+    record: dict[str, Any]
+    sample: Sample | None
+    rejected: Rejected | None
 
 
 class _BadRowError(Exception):
@@ -99,6 +107,49 @@ def load_samples(
     return samples
 
 
+def iterate_file(name: str) -> Iterator[CheckedRow]:
+    """Read and check the rows of a file one at a time; nothing is cached.
+
+    Args:
+        name: A file of a type that `load_samples` takes.
+
+    Raises:
+        ValueError: If the file is missing, empty or of an unknown type.
+    """
+    reader = _reader_of(name)
+    if reader is None:
+        raise ValueError(f"{name} has an unknown file type; known are {', '.join(READERS)}")
+    path = _existing(name)
+    empty = True
+    for row in reader(path):
+        empty = False
+        parsed, problem = _checked(row)
+        if problem is None:
+            del parsed["ignored"]
+            sample = Sample(**parsed, source=name, row=row.number)
+            yield CheckedRow(cast(dict[str, Any], row.record), sample, None)
+        else:
+            yield CheckedRow({}, None, Rejected(name, row.number, problem))
+    if empty:
+        raise _empty(name)
+
+
+def with_answer(record: dict[str, Any], answer: str) -> dict[str, Any]:
+    """A usable row with another last answer, in whichever of the formats it is.
+
+    A row that holds its answer twice, as `messages` and as `response`, gets both replaced.
+    """
+    former = _parse(record)["messages"][-1]["content"]
+    changed = {
+        name: answer if name in ("response", "output") and value == former else value
+        for name, value in record.items()
+    }
+    if record.get("messages"):
+        *turns, last = record["messages"]
+        changed["messages"] = [*turns, {**last, "content": answer}]
+    return changed
+
+
 def report_rejected(bad: Sequence[Rejected], *, total: int, rejected: Path | None) -> None:
     """Warn of rows that are left out, and add them to the file."""
     where = ""
@@ -139,16 +190,25 @@ def _warn_of_ignored(checked: datasets.Dataset) -> None:
 
 def _load_checked(name: str, *, split: str) -> datasets.Dataset:
     """All rows of one source, bad ones too, with what is wrong with them; cached."""
-    reader = next((read for end, read in READERS.items() if name.lower().endswith(end)), None)
+    reader = _reader_of(name)
     if reader is not None:
-        path = Path(name)
-        if not path.is_file():
-            raise ValueError(f"{name} is missing; give the path of an existing file")
+        path = _existing(name)
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         return _cached(lambda: reader(path), source=name, content=content)
     rows = _load_hub(name, split=split)
     return _cached(lambda: map(Row, count(), rows), source=name, content=rows._fingerprint)
+
+
+def _reader_of(name: str) -> Callable[[Path], Iterator[Row]] | None:
+    return next((read for end, read in READERS.items() if name.lower().endswith(end)), None)
+
+
+def _existing(name: str) -> Path:
+    path = Path(name)
+    if not path.is_file():
+        raise ValueError(f"{name} is missing; give the path of an existing file")
+    return path
 
 
 def _cached(read: Callable[[], Iterable[Row]], *, source: str, content: str) -> datasets.Dataset:
@@ -182,17 +242,27 @@ def _load_hub(name: str, *, split: str) -> datasets.Dataset:
 
 def _check_rows(read: Callable[[], Iterable[Row]], source: str) -> Iterator[dict[str, Any]]:
     number = None
-    for number, record, problem, place in read():
-        parsed = dict.fromkeys(("messages", *_OPTIONAL, "ignored"))
-        if problem is None:
-            try:
-                parsed = _parse(record)
-            except _BadRowError as error:
-                problem = str(error)
-        problem = problem and place + problem
+    for row in read():
+        number = row.number
+        parsed, problem = _checked(row)
         yield {**parsed, "source": source, "row": number, "problem": problem}
     if number is None:
-        raise ValueError(f"{source} is empty; it needs at least one sample")
+        raise _empty(source)
+
+
+def _empty(source: str) -> ValueError:
+    return ValueError(f"{source} is empty; it needs at least one sample")
+
+
+def _checked(row: Row) -> tuple[dict[str, Any], str | None]:
+    """The columns of a row, all None if it cannot be used, and why it cannot."""
+    problem = row.problem
+    if problem is None:
+        try:
+            return _parse(row.record), None
+        except _BadRowError as error:
+            problem = str(error)
+    return dict.fromkeys(("messages", *_OPTIONAL, "ignored")), row.place + problem
 
 
 def _parse(record: object) -> dict[str, Any]:
