@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -12,11 +14,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from fedsafe.data.chat import render_answers, tokenize_rendered
+from fedsafe.data.chat import RenderedConversation, render_answers, tokenize_rendered
 from fedsafe.data.sources import Rejected, place_of, report_rejected
-from fedsafe.types import Conversation
+from fedsafe.types import TokenizedConversation
 
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 _BATCH_SIZE = 256
 _CARRIED = ("client", "label", "category", "source", "row")
 
@@ -51,28 +53,68 @@ def tokenize_samples(
         raise ValueError(
             f"max_length is {max_length}; give at least 2, a prompt and an answer token"
         )
+    encoder = _Conversations(tokenizer, max_length=max_length)
+    return encode_samples(samples, encoder, on_bad_row=on_bad_row, rejected=rejected)
+
+
+class Encoder(ABC):
+    """A way to make tokens of samples."""
+
+    nothing_left: str
+    """Why a sample that was prepared may come out without an answer token."""
+
+    @abstractmethod
+    def key(self) -> list[Any]:
+        """All that decides the tokens, as JSON values: they are cached under it."""
+
+    @abstractmethod
+    def prepare(self, sample: Mapping[str, Any]) -> Any:
+        """The first step, for one sample.
+
+        Raises:
+            ValueError: If the sample cannot be used; says why, not which sample.
+        """
+
+    @abstractmethod
+    def encode(self, prepared: Sequence[Any]) -> list[TokenizedConversation]:
+        """The second step, for many samples together."""
+
+
+def encode_samples(
+    samples: datasets.Dataset,
+    encoder: Encoder,
+    *,
+    on_bad_row: Literal["error", "skip"],
+    rejected: Path | None,
+) -> datasets.Dataset:
+    """Make tokens of samples, or load them; arguments and result as for `tokenize_samples`."""
     skip = on_bad_row == "skip"
-    fingerprint = _fingerprint(samples, tokenizer, max_length=max_length, skip=skip)
+    fingerprint = _fingerprint(samples, encoder, skip=skip)
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "fedsafe"
     folder.mkdir(parents=True, exist_ok=True)
     tokens = samples.map(
-        _tokenize_batch,
+        _encode_batch,
         batched=True,
         batch_size=_BATCH_SIZE,
         with_indices=True,
-        fn_kwargs={"tokenizer": tokenizer, "max_length": max_length, "skip": skip},
+        fn_kwargs={"encoder": encoder, "skip": skip},
         remove_columns=["messages"],
         features=_features(samples),
         new_fingerprint=fingerprint,
         cache_file_name=str(folder / f"tokens-{fingerprint}.arrow"),
         desc="Tokenising",
     )
-    dropped = _dropped(samples, tokens, tokenizer, max_length=max_length, skip=skip)
+    dropped = _dropped(samples, tokens, encoder, skip=skip)
     if dropped:
         report_rejected(dropped, total=len(samples), rejected=rejected)
     if len(tokens) == 0:
         raise ValueError(f"none of {len(samples)} samples is left: {dropped[0].reason}")
     return tokens.remove_columns("sample")
+
+
+def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """All of a tokenizer that decides how a conversation becomes tokens, as JSON values."""
+    return [tokenizer.get_chat_template(), tokenizer.special_tokens_map, _vocabulary(tokenizer)]
 
 
 class TokenStore:
@@ -151,26 +193,42 @@ class _Chunk:
         return counts
 
 
-def _tokenize_batch(
-    batch: dict[str, list[Any]],
-    indices: list[int],
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    skip: bool,
+class _Conversations(Encoder):
+    """Conversations in the chat template; the answers are the assistant's words."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> None:
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+        self.nothing_left = (
+            f"no answer token within max_length {max_length}; raise max_length or shorten the "
+            "prompt"
+        )
+
+    def key(self) -> list[Any]:
+        return [self._max_length, *tokenizer_key(self._tokenizer)]
+
+    def prepare(self, sample: Mapping[str, Any]) -> RenderedConversation:
+        return render_answers(self._tokenizer, sample["messages"])
+
+    def encode(self, prepared: Sequence[RenderedConversation]) -> list[TokenizedConversation]:
+        return tokenize_rendered(self._tokenizer, prepared, max_length=self._max_length)
+
+
+def _encode_batch(
+    batch: dict[str, list[Any]], indices: list[int], *, encoder: Encoder, skip: bool
 ) -> dict[str, list[Any]]:
-    rendered = {}
-    for i, messages in enumerate(batch["messages"]):
+    prepared = {}
+    for i in range(len(indices)):
         try:
-            rendered[i] = render_answers(tokenizer, messages)
+            prepared[i] = encoder.prepare({name: column[i] for name, column in batch.items()})
         except ValueError as error:
             if not skip:
                 raise ValueError(
                     f"{place_of(batch['source'][i], batch['row'][i])}: {error}; or set "
                     "on_bad_row: skip to leave such rows out"
                 ) from error
-    tokenized = tokenize_rendered(tokenizer, list(rendered.values()), max_length=max_length)
-    answered = {i: each for i, each in zip(rendered, tokenized, strict=True) if any(each[1])}
+    encoded = encoder.encode(list(prepared.values()))
+    answered = {i: each for i, each in zip(prepared, encoded, strict=True) if any(each[1])}
     kept = list(answered)
     return {
         "input_ids": [np.asarray(each.input_ids, dtype=np.int32) for each in answered.values()],
@@ -193,48 +251,36 @@ def _features(samples: datasets.Dataset) -> datasets.Features:
 
 
 def _dropped(
-    samples: datasets.Dataset,
-    tokens: datasets.Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int,
-    skip: bool,
+    samples: datasets.Dataset, tokens: datasets.Dataset, encoder: Encoder, *, skip: bool
 ) -> list[Rejected]:
     """The samples that are not in the tokens, whether those were made just now or loaded."""
     is_dropped = np.ones(len(samples), dtype=bool)
     is_dropped[tokens.data.column("sample").to_numpy()] = False
     rows = samples.select(np.flatnonzero(is_dropped))
-    too_long = (
-        f"no answer token within max_length {max_length}; raise max_length or shorten the prompt"
-    )
     if not skip:
         rows = rows.select_columns(["source", "row"])
-        return [Rejected(each["source"], each["row"], too_long) for each in rows]
+        return [Rejected(each["source"], each["row"], encoder.nothing_left) for each in rows]
     return [
-        Rejected(each["source"], each["row"], _refusal(tokenizer, each["messages"]) or too_long)
+        Rejected(each["source"], each["row"], _problem(encoder, each) or encoder.nothing_left)
         for each in rows
     ]
 
 
-def _refusal(tokenizer: PreTrainedTokenizerBase, messages: Conversation) -> str | None:
-    """Why the chat template does not take a conversation; None if it does."""
+def _problem(encoder: Encoder, sample: Mapping[str, Any]) -> str | None:
+    """Why a sample cannot be used; None if it can."""
     try:
-        render_answers(tokenizer, messages)
+        encoder.prepare(sample)
     except ValueError as error:
         return str(error)
     return None
 
 
-def _fingerprint(
-    samples: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, skip: bool
-) -> str:
+def _fingerprint(samples: datasets.Dataset, encoder: Encoder, *, skip: bool) -> str:
     parts = [
         _CACHE_VERSION,
         samples._fingerprint,
-        max_length,
-        tokenizer.get_chat_template(),
-        tokenizer.special_tokens_map,
-        _vocabulary(tokenizer),
+        type(encoder).__name__,
+        *encoder.key(),
         *(["skip"] if skip else []),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
