@@ -126,7 +126,7 @@ def iterate_file(name: str) -> Iterator[CheckedRow]:
         parsed, problem = _checked(row)
         if problem is None:
             del parsed["ignored"]
-            sample = Sample(**parsed, source=name, row=row.number)
+            sample = cast(Sample, {**parsed, "source": name, "row": row.number})
             yield CheckedRow(cast(dict[str, Any], row.record), sample, None)
         else:
             yield CheckedRow({}, None, Rejected(name, row.number, problem))
