@@ -33,6 +33,7 @@ FLOORS = {
     "federated.progress": 3,
     "model.module": 3,
     "data.datamodule": 3,
+    "data.filtered": 4,
     "evaluation": 3,
     "safety.filter": 4,
     "safety.revision": 4,

@@ -73,6 +73,7 @@ def test_tokens_are_those_of_each_conversation(tokenizer: PreTrainedTokenizerFas
         "category",
         "source",
         "row",
+        "sample",
     ]
     assert tokens.features["input_ids"] == datasets.List(datasets.Value("int32"))
     for sample, row in zip(samples, tokens, strict=True):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 from warnings import warn
 
+import datasets
 import numpy as np
 from lightning import LightningDataModule
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from fedsafe.data.chat import ensure_chat_template
+from fedsafe.data.filtered import FilteredSamples, FilterReport, filter_samples
 from fedsafe.data.loaders import EvaluationBatch, evaluation_loader, visits_loader
 from fedsafe.data.packing import TrainingBatch
 from fedsafe.data.sources import load_samples
@@ -31,6 +33,7 @@ from fedsafe.federated.partition import (
     validation_split,
 )
 from fedsafe.federated.schedule import RoundPlan, Schedule, Visit
+from fedsafe.safety.filter import SafetyFilter
 
 GLOBAL_ADAPTER = -1
 _DIGEST_DIGITS = 12
@@ -45,6 +48,8 @@ class FederatedDataModule(LightningDataModule):
     Args:
         path: Files (`.jsonl`, `.json`, `.csv`, `.parquet`) or hub names of the conversations.
         partition: How the samples are split over clients.
+        filter: Guard that judges each client's samples before training, and what becomes of the
+            unsafe ones; None trains on all.
         tokenizer: Hub name or folder of the tokenizer; None takes the model's own.
         train_tokenizer: Size of the vocabulary of a tokenizer trained on the conversations; None
             trains none.
@@ -64,6 +69,7 @@ class FederatedDataModule(LightningDataModule):
         self,
         path: str | list[str],
         partition: Partitioner | None = None,
+        filter: SafetyFilter | None = None,
         tokenizer: str | None = None,
         train_tokenizer: int | None = None,
         batch_size: int = 16,
@@ -83,6 +89,7 @@ class FederatedDataModule(LightningDataModule):
             )
         self.path = path
         self.partitioner = partition if partition is not None else IID(num_clients=10)
+        self.filter = filter
         self.tokenizer_name = tokenizer
         self.train_tokenizer = train_tokenizer
         self.batch_size = batch_size
@@ -103,6 +110,7 @@ class FederatedDataModule(LightningDataModule):
         self._partition: Partition | None = None
         self._validation: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         self._labels: list[str | None] = []
+        self._filtered: FilteredSamples | None = None
 
     # ---- what others read ------------------------------------------------------------------------
 
@@ -133,12 +141,23 @@ class FederatedDataModule(LightningDataModule):
         """Samples, tokens and harmful share of each client, for a table."""
         return partition_rows(self.partition, lengths=self.store.lengths, labels=self._labels)
 
+    @property
+    def filter_report(self) -> FilterReport | None:
+        """What the safety filter did, in numbers; None without one."""
+        return self._filtered.report if self._filtered is not None else None
+
+    def write_verdicts(self, folder: Path) -> None:
+        """Write the clients' `filter.jsonl`, if there is a filter."""
+        if self._filtered is not None:
+            self._filtered.write(folder / "filter.jsonl")
+
     def identity(self) -> dict[str, Any]:
         """The settings that a resumed run must share with the run it resumes."""
         rule = type(self.partitioner).__name__
         return {
             "data.samples": self._samples_digest,
             "data.partition": f"{rule} {self._partition_digest}",
+            "data.filter": self.filter.identity if self.filter is not None else None,
             "data.validation_share": self.validation_share,
             "data.batch_size": self.batch_size,
             "data.max_length": self.max_length,
@@ -211,17 +230,7 @@ class FederatedDataModule(LightningDataModule):
         """
         if self.test_path is None:
             raise ValueError("there are no test conversations; give --data.test_path")
-        rejected = self._rejected_file()
-        samples = load_samples(
-            self.test_path, split=self.split, on_bad_row=self.on_bad_row, rejected=rejected
-        )
-        tokens = tokenize_samples(
-            samples,
-            self.tokenizer,
-            max_length=self.max_length,
-            on_bad_row=self.on_bad_row,
-            rejected=rejected,
-        )
+        tokens = self._tokenize(self._read(self.test_path))
         return evaluation_loader(TokenStore(tokens), np.arange(len(tokens)), [GLOBAL_ADAPTER])
 
     # ---- steps -----------------------------------------------------------------------------------
@@ -233,30 +242,61 @@ class FederatedDataModule(LightningDataModule):
         rejected = self._rejected_file()
         if rejected is not None:
             rejected.unlink(missing_ok=True)
-        samples = load_samples(
-            self.path, split=self.split, on_bad_row=self.on_bad_row, rejected=rejected
-        )
+        samples = self._read(self.path)
         self._tokenizer = self._make_tokenizer(
             turn["content"] for row in samples for turn in row["messages"]
         )
-        tokens = tokenize_samples(
-            samples,
-            self._tokenizer,
-            max_length=self.max_length,
-            on_bad_row=self.on_bad_row,
-            rejected=rejected,
-        )
+        tokens = self._tokenize(samples)
         train, self._validation = validation_split(
             len(tokens), share=self.validation_share, seed=self.seed
         )
+        self._partition = self._split(tokens, train)
+        if self.filter is not None:
+            tokens = self._apply(self.filter, samples, tokens)
+        self._labels = tokens["label"]
+        self._store = TokenStore(tokens)
+
+    def _read(self, path: str | list[str]) -> datasets.Dataset:
+        return load_samples(
+            path, split=self.split, on_bad_row=self.on_bad_row, rejected=self._rejected_file()
+        )
+
+    def _tokenize(self, samples: datasets.Dataset) -> datasets.Dataset:
+        return tokenize_samples(
+            samples,
+            self.tokenizer,
+            max_length=self.max_length,
+            on_bad_row=self.on_bad_row,
+            rejected=self._rejected_file(),
+        )
+
+    def _split(self, tokens: datasets.Dataset, train: NDArray[np.int64]) -> Partition:
+        """Give each row of `train` a client."""
         part = tokens.select(train)
         if isinstance(self.partitioner, Natural):
             _warn_of_lost_clients(tokens["client"], part["client"])
         columns = SampleColumns(len(train), part["client"], part["label"], part["category"])
         partition = self.partitioner(columns, seed=self.seed)
-        self._partition = replace(partition, order=train[partition.order])
-        self._labels = tokens["label"]
-        self._store = TokenStore(tokens)
+        return replace(partition, order=train[partition.order])
+
+    def _apply(
+        self, rule: SafetyFilter, samples: datasets.Dataset, tokens: datasets.Dataset
+    ) -> datasets.Dataset:
+        """Let the filter change who trains on what; the tokens with those of repaired samples."""
+        filtered = filter_samples(
+            rule,
+            samples=samples,
+            tokens=tokens,
+            partition=self.partition,
+            validation=self._validation,
+            tokenize=self._tokenize,
+            seed=self.seed,
+        )
+        if len(self._validation) and not len(filtered.validation):
+            warn("the safety filter leaves no sample for validation", stacklevel=2)
+        self._partition, self._validation = filtered.partition, filtered.validation
+        self._filtered = filtered
+        return filtered.tokens
 
     def _check_tokenizer(self) -> None:
         if self.train_tokenizer is None or self.trainer is None:

@@ -43,7 +43,8 @@ def tokenize_samples(
 
     Returns:
         One row per sample that has an answer token left: `input_ids` (int32), `answer_mask` (uint8,
-        1 where the assistant wrote the token), `client`, `label`, `category`, `source`, `row`.
+        1 where the assistant wrote the token), `client`, `label`, `category`, `source`, `row`, and
+        `sample`, its number among the samples.
 
     Raises:
         ValueError: If the template cannot render a sample (source and row are named), or no sample
@@ -109,7 +110,7 @@ def encode_samples(
         report_rejected(dropped, total=len(samples), rejected=rejected)
     if len(tokens) == 0:
         raise ValueError(f"none of {len(samples)} samples is left: {dropped[0].reason}")
-    return tokens.remove_columns("sample")
+    return tokens
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> list[Any]:

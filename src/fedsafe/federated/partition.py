@@ -63,8 +63,10 @@ class NumberedNames(Sequence[str]):
 class Partition:
     """Which samples each client holds, in compressed rows; every sample belongs to one client.
 
+    Partitioners give every client a sample; the safety filter may leave some with none.
+
     Args:
-        order: Sample numbers, client after client, ascending within a client; shape `(N,)`.
+        order: Sample numbers, client after client; shape `(N,)`.
         offsets: Client `k` holds `order[offsets[k]:offsets[k + 1]]`; shape `(K + 1,)`.
         names: One name per client.
     """
@@ -82,8 +84,13 @@ class Partition:
         """Number of samples of each client, shape `(K,)`."""
         return np.diff(self.offsets)
 
+    @property
+    def num_holding(self) -> int:
+        """Number of clients that hold a sample."""
+        return int(np.count_nonzero(self.sizes))
+
     def samples_of(self, client: int) -> IntArray:
-        """Sample numbers of one client (from 0), ascending; a view, not a copy.
+        """Sample numbers of one client (from 0); a view, not a copy.
 
         Raises:
             IndexError: If there is no such client.
@@ -91,6 +98,28 @@ class Partition:
         if not 0 <= client < len(self):
             raise IndexError(f"no client {client}: the partition has clients 0 to {len(self) - 1}")
         return self.order[self.offsets[client] : self.offsets[client + 1]]
+
+    def sums(self, values: NDArray[np.generic]) -> IntArray:
+        """Sum over each client's samples.
+
+        Args:
+            values: A whole number, or whether something holds, for each sample number.
+
+        Returns:
+            Shape `(K,)`; 0 where a client holds nothing.
+        """
+        ends = np.concatenate([[0], np.cumsum(values[self.order], dtype=np.int64)])
+        return np.diff(ends[self.offsets])
+
+    def renumbered(self, new: IntArray) -> "Partition":
+        """The same clients with other samples in the places of theirs.
+
+        Args:
+            new: For each sample number the one that takes its place, or -1 to leave it out.
+        """
+        order = new[self.order]
+        ends = np.concatenate([[0], np.cumsum(order >= 0, dtype=np.int64)])
+        return Partition(order[order >= 0], ends[self.offsets], self.names)
 
     def digest(self) -> str:
         """SHA-256 of the split and the names: equal exactly where the partitions are equal."""
@@ -240,13 +269,12 @@ def partition_rows(
         lengths: Tokens of each sample, shape `(N,)`.
         labels: `safe`, `unsafe` or None for each sample; None where the data has no labels.
     """
-    starts = partition.offsets[:-1]
-    tokens = np.add.reduceat(np.asarray(lengths, dtype=np.int64)[partition.order], starts)
+    tokens = partition.sums(lengths)
     unsafe = labelled = np.zeros(len(partition), dtype=np.int64)
     if labels is not None:
-        label = np.asarray(labels, dtype=object)[partition.order]
-        unsafe = np.add.reduceat((label == "unsafe").astype(np.int64), starts)
-        labelled = unsafe + np.add.reduceat((label == "safe").astype(np.int64), starts)
+        label = np.asarray(labels, dtype=object)
+        unsafe = partition.sums(label == "unsafe")
+        labelled = unsafe + partition.sums(label == "safe")
     columns = zip(partition.names, partition.sizes, tokens, unsafe, labelled, strict=True)
     return [
         PartitionRow(name, int(size), int(length), int(harmful) / int(known) if known else None)

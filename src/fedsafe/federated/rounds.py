@@ -145,7 +145,7 @@ class FederatedRounds(Callback):
         for visit in self._plan.visits:
             if visit.failed:
                 self.server.note_failure(self._partition.names[visit.client])
-        record = self.server.close_round(num_clients=len(self._partition))
+        record = self.server.close_round(num_clients=self._partition.num_holding)
         if self.mode != "federated":
             record |= {"bytes_up": 0, "bytes_down": 0}  # no adapter travels
         self._adapter.write(self.server.adapter)
@@ -257,6 +257,7 @@ class FederatedRounds(Callback):
         if trainer.is_global_zero:
             finished = self._round - (self._row is not None)
             self._log.keep(finished)
+            self._data.write_verdicts(Path(trainer.default_root_dir))
             if pl_module.hparams["from_config"] is not None:  # a base that exists nowhere else
                 folder = Path(trainer.default_root_dir) / "base"
                 save_random_base(pl_module.peft_model, folder)
@@ -271,7 +272,7 @@ class FederatedRounds(Callback):
         federation = Schedule(
             partition=self._data.partition,
             num_rounds=trainer.max_epochs,
-            clients_per_round=self._num_sampled(len(self._data.partition)),
+            clients_per_round=self._num_sampled(self._data.partition.num_holding),
             batch_size=self._data.batch_size,
             local_steps=self.local_steps,
             local_epochs=self.local_epochs,

@@ -114,7 +114,8 @@ class Schedule:
     Args:
         partition: Which samples belong to which client.
         num_rounds: Rounds of the run, >= 1.
-        clients_per_round: Clients sampled without replacement each round, 1 to ``len(partition)``.
+        clients_per_round: Clients sampled without replacement each round, 1 to the number of those
+            that hold a sample.
         batch_size: Samples of one optimizer step, >= 1.
         local_steps: Optimizer steps of a visit; the samples are reshuffled whenever all were seen.
             Give this or `local_epochs`.
@@ -141,10 +142,13 @@ class Schedule:
 
     def __post_init__(self) -> None:
         """Check what the user chose."""
-        if not 1 <= self.clients_per_round <= len(self.partition):
+        num_holding = self.partition.num_holding
+        if not 1 <= self.clients_per_round <= num_holding:
+            lost = len(self.partition) - num_holding
+            left = f" that the safety filter leaves a sample ({lost} have none)" if lost else ""
             raise ValueError(
-                f"clients_per_round is {self.clients_per_round}, but there are "
-                f"{len(self.partition)} clients; choose 1 to {len(self.partition)}"
+                f"clients_per_round is {self.clients_per_round}, but there are {num_holding} "
+                f"clients{left}; choose 1 to {num_holding}"
             )
         if (self.local_steps is None) == (self.local_epochs is None):
             raise ValueError(
@@ -165,11 +169,15 @@ class Schedule:
         its own.
         """
         rng = random_stream(Stream.CLIENTS, self.seed, round_)
-        clients = sorted(
-            rng.choice(len(self.partition), self.clients_per_round, replace=False).tolist()
-        )
+        drawn = rng.choice(len(self._holding), self.clients_per_round, replace=False)
+        clients = sorted(self._holding[drawn].tolist())
         visits = [self._visit(round_, number, client) for number, client in enumerate(clients)]
         return RoundPlan(self, round_, visits)
+
+    @cached_property
+    def _holding(self) -> NDArray[np.int64]:
+        """The clients that hold a sample."""
+        return np.flatnonzero(self.partition.sizes)
 
     def _visit(self, round_: int, number: int, client: int) -> Visit:
         failed = False
@@ -186,11 +194,12 @@ class Schedule:
         return self.local_epochs * -(-len(self.partition.samples_of(client)) // self.batch_size)
 
     def mean_steps(self) -> float:
-        """Optimizer steps of one visit, averaged over all clients."""
+        """Optimizer steps of one visit, averaged over the clients that hold a sample."""
         if self.local_steps is not None:
             return self.local_steps
         assert self.local_epochs is not None
-        return self.local_epochs * float(np.mean(-(-self.partition.sizes // self.batch_size)))
+        sizes = self.partition.sizes
+        return self.local_epochs * float(np.mean(-(-sizes[sizes > 0] // self.batch_size)))
 
     def in_one_place(self) -> "Schedule":
         """One client with everything, and as many steps a round as this takes on average."""
