@@ -3,10 +3,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from fedsafe.model import lora
-from fedsafe.model.lora import add_lora, linear_module_names, load_base, save_random_base
+from fedsafe.model.adapter import save_adapter
+from fedsafe.model.lora import adaptable_module_names, add_lora, load_base, save_random_base
 
 LLAMA = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 LLAMA |= {"num_attention_heads": 2, "num_key_value_heads": 1}
@@ -58,7 +60,8 @@ def test_all_linear_reaches_every_linear_module_but_the_output_layer(
     family: str, tiny_gpt2: Path, tiny_llama: Path
 ) -> None:
     base = load_base(str({"gpt2": tiny_gpt2, "llama": tiny_llama}[family]))
-    expected = set(linear_module_names(base)) - {"lm_head"}
+    others = {"lm_head", "embed_tokens", "wte", "wpe"}
+    expected = set(adaptable_module_names(base)) - others
     adapted = add_lora(base, **LORA)
     reached = {n.split(".lora_A")[0].rsplit(".", 1)[-1] for n in state(adapted) if ".lora_A" in n}
     assert reached == expected
@@ -80,13 +83,36 @@ def test_modules_can_be_named_by_their_ending() -> None:
     }
 
 
+def test_an_adapter_on_the_embeddings_changes_the_output_and_loads_again(tmp_path: Path) -> None:
+    base = load_base("llama", from_config=LLAMA)
+    adapted = add_lora(base, **LORA | {"target_modules": ["embed_tokens", "v_proj"]}).eval()
+    ids = torch.arange(4, 20)[None]
+    with torch.no_grad():
+        untrained = adapted(ids).logits
+        for name, parameter in adapted.named_parameters():
+            if "lora_embedding" in name:
+                parameter.normal_(std=0.3)
+        trained = adapted(ids).logits
+        save_adapter(adapted, tmp_path)
+        again = load_base("llama", from_config=LLAMA)
+        loaded = PeftModel.from_pretrained(again, tmp_path).eval()
+        torch.testing.assert_close(loaded(ids).logits, trained)
+        torch.testing.assert_close(loaded.merge_and_unload()(ids).logits, trained)
+    assert (trained - untrained).abs().max() > 1e-3
+
+
+def test_embeddings_that_are_the_output_layer_too_are_refused(tiny_gpt2: Path) -> None:
+    with pytest.raises(ValueError, match="target_modules has wte, whose weights are those of the "):
+        add_lora(load_base(str(tiny_gpt2)), **LORA | {"target_modules": ["c_attn", "wte"]})
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"rank": 0}, "rank of the adapter is 0; give 1 or more"),
         (
             {"target_modules": ["q_proj", "c_attn"]},
-            r"\['c_attn'\] are not in LlamaForCausalLM; it has down_proj, gate_proj, k_proj, lm_he",
+            r"\['c_attn'\] are not in LlamaForCausalLM; it has down_proj, embed_tokens, gate_p",
         ),
         ({"target_modules": []}, r"target_modules \[\] are not in .*; it has down_proj"),
         ({"target_modules": "q_proj"}, "target_modules is 'q_proj'; give a list of names or 'all-"),

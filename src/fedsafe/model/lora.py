@@ -28,6 +28,8 @@ from transformers.pytorch_utils import Conv1D
 _ROTARY = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 """Names that a configuration moves into its `rope_parameters`."""
 
+_ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding)
+
 
 def load_base(
     base: str,
@@ -93,11 +95,12 @@ def add_lora(
         rank: Rank r of the update ``alpha / r * B @ A``, >= 1.
         alpha: Scale of the update.
         dropout: Probability of dropping an input of the adapter.
-        target_modules: Names (or endings) of linear modules, or ``all-linear``.
+        target_modules: Names (or endings) of linear modules or embeddings, or ``all-linear``.
         seed: Seed of the random A; B is zero.
 
     Raises:
-        ValueError: If the rank is below 1, or a target module is not in the model.
+        ValueError: If the rank is below 1, or a target module is not in the model or is an
+            embedding that is the output layer too.
     """
     if rank < 1:
         raise ValueError(f"rank of the adapter is {rank}; give 1 or more")
@@ -136,14 +139,14 @@ def save_random_base(model: PeftModel, folder: Path) -> None:
         config.base_model_name_or_path = str(folder)
 
 
-def linear_module_names(model: nn.Module) -> list[str]:
-    """The last parts of the names of linear modules that LoRA can be put on, sorted."""
-    names = {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-    }
+def adaptable_module_names(model: nn.Module) -> list[str]:
+    """The last parts of the names of modules that LoRA can be put on, sorted."""
+    names = {name.rsplit(".", 1)[-1] for name, _ in _adaptable_modules(model)}
     return sorted(names)
+
+
+def _adaptable_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, each) for name, each in model.named_modules() if isinstance(each, _ADAPTABLE)]
 
 
 def _random_base(
@@ -202,15 +205,25 @@ def _check_targets(model: PreTrainedModel, targets: list[str] | str) -> None:
         if targets != "all-linear":
             raise ValueError(f"target_modules is {targets!r}; give a list of names or 'all-linear'")
         return
-    names = [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
-    ]
-    missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
+    found = {
+        target: [
+            each for name, each in _adaptable_modules(model) if f".{name}".endswith(f".{target}")
+        ]
+        for target in targets
+    }
+    missing = [target for target, modules in found.items() if not modules]
     if missing or not targets:
         raise ValueError(
             f"target_modules {missing or targets} are not in {type(model).__name__}; it has "
-            f"{', '.join(linear_module_names(model))}"
+            f"{', '.join(adaptable_module_names(model))}"
         )
+    output: Any = model.get_output_embeddings()
+    for target, modules in found.items():
+        if any(isinstance(m, nn.Embedding) and m.weight is output.weight for m in modules):
+            raise ValueError(
+                f"target_modules has {target}, whose weights are those of the output layer too "
+                "(tie_word_embeddings); leave it out, for a merged adapter would change both"
+            )
 
 
 def _first_line(error: Exception) -> str:

@@ -34,7 +34,8 @@ class LoraLM(LightningModule):
         rank: Rank of the LoRA adapter, 1 or more.
         alpha: Scale of the LoRA adapter; its update is multiplied by alpha / rank.
         lora_dropout: Dropout on the adapter's input, 0 to below 1.
-        target_modules: Names of the linear modules that get an adapter, or `all-linear`.
+        target_modules: Names of the linear modules or embeddings that get an adapter, or
+            `all-linear`.
         dtype: Type of the frozen weights; the adapter is always kept and averaged in float32.
         quantize_4bit: Load the base in 4 bits (needs a CUDA device and the extra `quantization`).
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a
