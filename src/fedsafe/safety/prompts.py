@@ -7,6 +7,7 @@ turns of one role that follow each other become one.
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any, Literal, NamedTuple, cast
 
 from jinja2 import TemplateError
@@ -21,6 +22,14 @@ _PROBE = "fedsafe asks itself\nwhether the template holds this"
 """Two lines: a template that prints a list of parts as Python does would show one."""
 _BETWEEN_MERGED = "\n\n"
 
+
+def _any_day(format_: str) -> str:
+    """Some templates write the date; a verdict does not depend on the day it is given."""
+    return datetime(2025, 1, 1).strftime(format_)
+
+
+_ALWAYS = {"add_generation_prompt": True, "strftime_now": _any_day}
+
 Options = Mapping[str, Any]
 
 
@@ -32,9 +41,12 @@ class GuardPrompt(NamedTuple):
     shortened: bool
 
 
-class _AnswerTokens(NamedTuple):
+class AnswerTokens(NamedTuple):
+    """What a guard answers, as token ids."""
+
     opening: list[int]
     labels: dict[str, list[int]]
+    """Each label after the opening."""
 
 
 class GuardPrompts:
@@ -140,7 +152,7 @@ class GuardPrompts:
             return []
         if question.pattern is not None:  # no label need follow it
             return list(self._tokenizer(question.opening, add_special_tokens=False)["input_ids"])
-        return _answer_tokens(question, self._tokenizer).opening
+        return answer_tokens(question, self._tokenizer).opening
 
     def _shown(self, messages: Conversation) -> Conversation:
         """The turns that a template is given."""
@@ -180,8 +192,7 @@ class GuardPrompts:
                 cast(list[dict[str, str]], turns),
                 chat_template=self._format.template,
                 tokenize=False,
-                add_generation_prompt=True,
-                **{**question.template_options, **categories, **options},
+                **{**_ALWAYS, **question.template_options, **categories, **options},
             )
         except (TemplateError, TypeError) as error:
             reason = str(error)
@@ -200,7 +211,7 @@ class GuardPrompts:
                 f"{self._format.content}`, try `content: "
                 f"{'text' if self._format.content == 'parts' else 'parts'}`"
             )
-        return text
+        return text if text.endswith(question.ending) else text + question.ending
 
     def _name(self) -> str:
         if self._format.template is not None:
@@ -288,7 +299,7 @@ def label_ids(
     Raises:
         ValueError: If a label has no token of its own.
     """
-    labels = _answer_tokens(question, tokenizer).labels
+    labels = answer_tokens(question, tokenizer).labels
     for label, ids in labels.items():
         if len(ids) > 1 and format_.label_tokens == "single":
             raise ValueError(
@@ -312,7 +323,7 @@ def label_ids(
     return firsts
 
 
-def _answer_tokens(question: Question, tokenizer: PreTrainedTokenizerBase) -> _AnswerTokens:
+def answer_tokens(question: Question, tokenizer: PreTrainedTokenizerBase) -> AnswerTokens:
     """The opening as it stands before the labels, and the labels after it.
 
     A word differs at the beginning of a text and after another (` Safe` after `Safety:`), so both
@@ -325,7 +336,7 @@ def _answer_tokens(question: Question, tokenizer: PreTrainedTokenizerBase) -> _A
     )
     opening = [tokens[0] for tokens in together]
     labels = zip(question.labels, answers, strict=True)
-    return _AnswerTokens(opening, {label: ids[len(opening) :] for label, ids in labels})
+    return AnswerTokens(opening, {label: ids[len(opening) :] for label, ids in labels})
 
 
 def _category_options(
