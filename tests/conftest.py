@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import string
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+STAND_INS = REPOSITORY / "tests" / "stand_ins"
+sys.path.append(str(STAND_INS))
 
 # Libraries read these when they are imported, so they are set here and not in a fixture; child
 # processes inherit them. The user's caches are neither read nor written.
@@ -38,6 +41,13 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; point FEDSAFE_DATA at the folder that holds it")
     return folder
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folder that holds what fedsafe caches during one test."""
+    monkeypatch.setenv("FEDSAFE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.fixture(scope="session")

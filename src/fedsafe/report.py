@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedsafe.data.datamodule import FederatedDataModule
+from fedsafe.data.filtered import FilterReport, FilterRow
 from fedsafe.federated.csv_logger import RoundCSVLogger
 from fedsafe.federated.partition import PartitionRow
 from fedsafe.federated.round_log import RoundLog
@@ -32,6 +33,8 @@ class RunReport(Callback):
             Console().print(
                 partition_table(data.client_rows(), num_validation=data.num_validation_samples)
             )
+            if data.filter_report is not None:
+                Console().print(filter_table(data.filter_report))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop what a resumed run is about to measure again."""
@@ -48,7 +51,8 @@ class RunReport(Callback):
             logger.experiment.complete(rows)
             logger.save()
         draw_rounds(rows, run_dir / "rounds.png")
-        Console().print(summary_table(rows, run_dir))
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        Console().print(summary_table(rows, run_dir, filtered=data.filter_report))
 
 
 def partition_table(rows: Sequence[PartitionRow], *, num_validation: int) -> Table:
@@ -70,7 +74,53 @@ def partition_table(rows: Sequence[PartitionRow], *, num_validation: int) -> Tab
     return table
 
 
-def summary_table(rows: Sequence[dict[str, Any]], run_dir: Path) -> Table:
+def filter_table(report: FilterReport) -> Table:
+    """What the safety filter did to each client's samples; the largest of many clients."""
+    shown = sorted(report.clients, key=lambda row: -row.judged)[:MAX_CLIENT_ROWS]
+    shown_names = {row.client for row in shown}
+    table = Table(title=f"Safety filter: {report.guard}", title_justify="left")
+    columns = ("client", "judged", "unsafe", "dropped", "refused", "left", "precision", "recall")
+    for name in columns:
+        table.add_column(name, justify="left" if name == "client" else "right")
+    for row in report.clients:
+        if row.client in shown_names:
+            table.add_row(*_filter_cells(row))
+    if len(report.clients) > len(shown):
+        table.add_row(f"… and {len(report.clients) - len(shown):,} smaller")
+    table.add_section()
+    table.add_row(*_filter_cells(report.total))
+    if report.held_out.judged:
+        table.add_row(*_filter_cells(report.held_out))
+    table.caption = f"policy {report.policy}, unsafe from {report.threshold:g}"
+    if report.num_shortened:
+        table.caption += f"; {report.num_shortened:,} judged by their beginning and end alone"
+    return table
+
+
+def _filter_cells(row: FilterRow) -> list[str]:
+    counts = (row.judged, row.unsafe, row.dropped, row.refused, row.left)
+    rates = (row.precision, row.recall)
+    return [
+        row.client,
+        *(f"{count:,}" for count in counts),
+        *("-" if rate is None else f"{rate:.0%}" for rate in rates),
+    ]
+
+
+def _filter_line(report: FilterReport) -> str:
+    """The safety filter in one line."""
+    total = report.total
+    deeds = {"dropped": total.dropped, "refused": total.refused}
+    done = [f"{count:,} {deed}" for deed, count in deeds.items() if count] or ["all kept"]
+    counts = f"{total.unsafe:,} of {total.judged:,} samples unsafe"
+    empty = sum(row.left == 0 for row in report.clients)
+    lost = f"; {empty:,} clients left without a sample" if empty else ""
+    return f"{report.guard}: {counts}, {', '.join(done)}{lost}"
+
+
+def summary_table(
+    rows: Sequence[dict[str, Any]], run_dir: Path, *, filtered: FilterReport | None = None
+) -> Table:
     """The run in a few lines: losses, safety, failures, cost, and where things are."""
     first, last = rows[0], rows[-1]
     visits = [client for row in rows for client in row["clients"]]
@@ -79,6 +129,8 @@ def summary_table(rows: Sequence[dict[str, Any]], run_dir: Path) -> Table:
     table.add_column(overflow="fold")
     table.add_row("rounds", str(last["round"]))
     table.add_row("visits", _visit_counts(visits))
+    if filtered is not None:
+        table.add_row("filter", _filter_line(filtered))
     measured = {"loss": "train/loss", **{n: n for n in last if n.startswith("val/")}}
     for name, label in measured.items():
         table.add_row(label, f"{_number(first.get(name))} → {_number(last.get(name))}")

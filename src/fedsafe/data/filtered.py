@@ -93,6 +93,7 @@ class FilteredSamples:
 
     def write(self, file: Path) -> None:
         """Write a line a judged sample, client after client; whole or not at all."""
+        file.parent.mkdir(parents=True, exist_ok=True)
         scratch = file.with_name(file.name + ".tmp")
         with scratch.open("w", encoding="utf-8") as out:
             for line in self._record.lines():
@@ -127,7 +128,7 @@ def filter_samples(
     Raises:
         ValueError: If nearly everything is unsafe, or no client has a sample left.
     """
-    judged = samples.select(tokens["sample"])
+    judged = samples.select(tokens["sample"][:])
     verdicts = rule.verdicts(judged["messages"])
     is_unsafe = np.array([rule.is_unsafe(verdict) for verdict in verdicts])
     rule.check_share(int(is_unsafe.sum()), num_judged=len(verdicts))
@@ -137,7 +138,7 @@ def filter_samples(
     if rule.policy == "refuse" and is_unsafe.any():
         places = np.flatnonzero(is_unsafe)
         repaired = tokenize(_repaired(judged.select(places), rule, seed=seed))
-        new[places[repaired["sample"]]] = len(tokens) + np.arange(len(repaired))
+        new[places[np.asarray(repaired["sample"][:])]] = len(tokens) + np.arange(len(repaired))
         tokens = datasets.concatenate_datasets([tokens, repaired])
     left = partition.renumbered(new)
     _report_lost_clients(partition, left)
@@ -191,17 +192,13 @@ class _Record(NamedTuple):
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """The lines of `filter.jsonl`."""
-        for client, name in enumerate(self.partition.names):
-            yield from self._lines_of(name, self.partition.samples_of(client))
-        yield from self._lines_of(None, self.validation)
-
-    def _lines_of(self, client: str | None, places: Indices) -> Iterator[dict[str, Any]]:
-        for place, sample in zip(places.tolist(), self.samples.select(places), strict=True):
+        sources, rows = self.samples["source"][:], self.samples["row"][:]
+        for client, place in self._places():
             verdict = self.verdicts[place]
             line = {
                 "client": client,
-                "source": sample["source"],
-                "row": sample["row"],
+                "source": sources[place],
+                "row": rows[place],
                 "unsafe": round(verdict.unsafe, _DIGITS),
                 "categories": list(verdict.categories),
                 "guard": verdict.guard,
@@ -210,8 +207,14 @@ class _Record(NamedTuple):
             if verdict.shortened:
                 line["shortened"] = True
             if self.rule.record_text:
-                line["messages"] = sample["messages"]
+                line["messages"] = self.samples[place]["messages"]
             yield line
+
+    def _places(self) -> Iterator[tuple[str | None, int]]:
+        """The rows, client after client; those held out are nobody's."""
+        for client, name in enumerate(self.partition.names):
+            yield from ((name, place) for place in self.partition.samples_of(client).tolist())
+        yield from ((None, place) for place in self.validation.tolist())
 
     def _action(self, place: int) -> str:
         if self.new[place] == place:

@@ -81,7 +81,8 @@ class ScoreCache:
         name = re.sub(r"[^A-Za-z0-9_.-]+", "_", self._guard.name)
         folder = (self._folder or cache_dir() / "verdicts") / name
         file = folder / f"{blake2b(self._guard.identity.encode(), digest_size=16).hexdigest()}.db"
-        if not file.exists() and any(folder.glob("*.db")):
+        others = any(other != file for other in folder.glob("*.db"))
+        if others and not file.exists():
             warnings.warn(
                 f"the guard {self._guard.name} is not the one whose verdicts are in {folder}: its "
                 "weights, its prompt or its settings changed; everything is judged anew",
