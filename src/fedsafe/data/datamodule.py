@@ -34,6 +34,7 @@ from fedsafe.federated.partition import (
 )
 from fedsafe.federated.schedule import RoundPlan, Schedule, Visit
 from fedsafe.safety.filter import SafetyFilter
+from fedsafe.safety.verdict_targets import VerdictTargets, tokenize_verdicts
 
 GLOBAL_ADAPTER = -1
 _DIGEST_DIGITS = 12
@@ -50,6 +51,8 @@ class FederatedDataModule(LightningDataModule):
         partition: How the samples are split over clients.
         filter: Guard that judges each client's samples before training, and what becomes of the
             unsafe ones; None trains on all.
+        verdict_targets: Trains a guard: each conversation becomes the guard's prompt, answered by
+            its `label`. None trains on the conversations themselves.
         tokenizer: Hub name or folder of the tokenizer; None takes the model's own.
         train_tokenizer: Size of the vocabulary of a tokenizer trained on the conversations; None
             trains none.
@@ -70,6 +73,7 @@ class FederatedDataModule(LightningDataModule):
         path: str | list[str],
         partition: Partitioner | None = None,
         filter: SafetyFilter | None = None,
+        verdict_targets: VerdictTargets | None = None,
         tokenizer: str | None = None,
         train_tokenizer: int | None = None,
         batch_size: int = 16,
@@ -87,9 +91,14 @@ class FederatedDataModule(LightningDataModule):
                 "give tokenizer or train_tokenizer, not both; "
                 f"got {tokenizer!r} and {train_tokenizer}"
             )
+        if filter is not None and verdict_targets is not None:
+            raise ValueError(
+                "give filter or verdict_targets, not both: a guard is trained on unsafe samples too"
+            )
         self.path = path
         self.partitioner = partition if partition is not None else IID(num_clients=10)
         self.filter = filter
+        self.verdict_targets = verdict_targets
         self.tokenizer_name = tokenizer
         self.train_tokenizer = train_tokenizer
         self.batch_size = batch_size
@@ -262,13 +271,14 @@ class FederatedDataModule(LightningDataModule):
         )
 
     def _tokenize(self, samples: datasets.Dataset) -> datasets.Dataset:
-        return tokenize_samples(
-            samples,
-            self.tokenizer,
-            max_length=self.max_length,
-            on_bad_row=self.on_bad_row,
-            rejected=self._rejected_file(),
-        )
+        settings: Any = {
+            "max_length": self.max_length,
+            "on_bad_row": self.on_bad_row,
+            "rejected": self._rejected_file(),
+        }
+        if self.verdict_targets is not None:
+            return tokenize_verdicts(samples, self.verdict_targets, self.tokenizer, **settings)
+        return tokenize_samples(samples, self.tokenizer, **settings)
 
     def _split(self, tokens: datasets.Dataset, train: NDArray[np.int64]) -> Partition:
         """Give each row of `train` a client."""
