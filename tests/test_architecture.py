@@ -28,6 +28,7 @@ FLOORS = {
     "__main__": 1,
     "table": 2,
     "report": 2,
+    "guard_report": 2,
     "federated.rounds": 3,
     "federated.local_training": 3,
     "federated.progress": 3,
@@ -36,6 +37,7 @@ FLOORS = {
     "data.filtered": 4,
     "evaluation": 3,
     "safety.filter": 4,
+    "safety.filter_file": 4,
     "safety.revision": 4,
     "types": 6,
     "": 6,  # fedsafe/__init__.py, which holds the version

@@ -14,6 +14,8 @@ COMMANDS = {
     "fit": ("training", "train an adapter on the clients' conversations, round by round"),
     "validate": ("training", "loss of a checkpoint on the held-out conversations"),
     "test": ("training", "loss of a checkpoint on test conversations"),
+    "filter": ("filter", "judge the conversations of a file with a guard, keep the safe ones"),
+    "measure": ("measure", "how right guards are on labelled conversations"),
     "table": ("table", "run a grid of methods and seeds and print their table"),
     "world": ("world", "write the embedded miniature: data and a tiny base model"),
     "generate": ("generate", "answer a prompt with a trained adapter"),
@@ -22,6 +24,8 @@ COMMANDS = {
 GO_ON = {
     "fit": "; the same command with --ckpt_path last goes on from the last finished round",
     "table": "; the same command goes on where it stopped",
+    "filter": "; the same command goes on: verdicts are kept",
+    "measure": "; the same command goes on: verdicts are kept",
 }
 """How to go on after Ctrl-C, where a command can."""
 

@@ -17,7 +17,7 @@ from fedsafe.federated.client_drift import FedProx, Scaffold
 from fedsafe.federated.partition import IID, Dirichlet, Natural, Quantity
 from fedsafe.federated.server_optimizer import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi
 
-FUNCTIONS = ("table", "world", "generate", "export")
+FUNCTIONS = ("filter", "measure", "table", "world", "generate", "export")
 
 
 def training_parser(name: str, monkeypatch: pytest.MonkeyPatch) -> LightningArgumentParser:

@@ -109,8 +109,8 @@ def test_verdicts_and_labels_of_different_length_are_an_error() -> None:
 def test_each_group_has_figures_of_its_own() -> None:
     found = scores_by(
         ["S2", "S1", None, "S2"],
-        torch.tensor([0.9, 0.1, 0.9, 0.2]),
-        torch.tensor([True, True, True, False]),
+        np.array([0.9, 0.1, 0.9, 0.2]),
+        np.array([True, True, True, False]),
         threshold=0.5,
     )
     assert list(found) == ["S1", "S2"]

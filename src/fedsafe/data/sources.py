@@ -96,15 +96,25 @@ def load_samples(
     _warn_of_ignored(checked)
     samples, bad = _part_bad_rows(checked)
     if bad and on_bad_row == "error":
-        raise ValueError(
-            f"{len(bad)} of {len(checked)} rows cannot be used:\n{_listed(bad)}\n"
-            "Correct them, or set on_bad_row: skip to leave them out."
-        )
+        raise bad_rows_error(bad, total=len(checked))
     if bad:
         report_rejected(bad, total=len(checked), rejected=rejected)
     if len(samples) == 0:
-        raise ValueError(f"no row of {', '.join(names)} can be used:\n{_listed(bad)}")
+        raise no_rows_error(bad, names=names)
     return samples
+
+
+def bad_rows_error(bad: Sequence[Rejected], *, total: int) -> ValueError:
+    """What to raise where bad rows are not to be skipped."""
+    return ValueError(
+        f"{len(bad)} of {total} rows cannot be used:\n{_listed(bad)}\n"
+        "Correct them, or set on_bad_row: skip to leave them out."
+    )
+
+
+def no_rows_error(bad: Sequence[Rejected], *, names: Sequence[str]) -> ValueError:
+    """What to raise where no row is left."""
+    return ValueError(f"no row of {', '.join(names)} can be used:\n{_listed(bad)}")
 
 
 def iterate_file(name: str) -> Iterator[CheckedRow]:

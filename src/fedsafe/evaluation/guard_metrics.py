@@ -6,6 +6,7 @@ from math import ceil
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import Metric
@@ -87,6 +88,21 @@ class GuardMetrics(Metric):
         return _scores(dim_zero_cat(self.probabilities), dim_zero_cat(self.labels), self.threshold)
 
 
+def guard_scores(
+    probabilities: NDArray[np.float64], labels: NDArray[np.bool_], *, threshold: float
+) -> GuardScores:
+    """The figures of verdicts that are all there.
+
+    Args:
+        probabilities: Of being unsafe, shape ``(samples,)``.
+        labels: True where unsafe, shape ``(samples,)``.
+        threshold: Probability from which a sample counts as unsafe.
+    """
+    metrics = GuardMetrics(threshold)
+    metrics.update(torch.from_numpy(probabilities), torch.from_numpy(labels))
+    return metrics.compute()
+
+
 def _scores(probabilities: Tensor, labels: Tensor, threshold: float) -> GuardScores:
     flagged = probabilities >= threshold
     hits = int((flagged & labels).sum())
@@ -110,26 +126,28 @@ def _share(part: int, whole: int) -> float | None:
 
 
 def scores_by(
-    groups: Iterable[str | None], probabilities: Tensor, labels: Tensor, *, threshold: float
+    groups: Iterable[str | None],
+    probabilities: NDArray[np.float64],
+    labels: NDArray[np.bool_],
+    *,
+    threshold: float,
 ) -> dict[str, GuardScores]:
     """The figures of each group of samples, such as each category or client, by name.
 
     Args:
         groups: Name of each sample's group; samples of None are in none.
         probabilities: Of being unsafe, shape ``(samples,)``.
-        labels: True or 1 where unsafe, shape ``(samples,)``.
+        labels: True where unsafe, shape ``(samples,)``.
         threshold: Probability from which a sample counts as unsafe.
     """
     places: dict[str, list[int]] = {}
     for place, group in enumerate(groups):
         if group is not None:
             places.setdefault(group, []).append(place)
-    scores = {}
-    for name in sorted(places):
-        metrics = GuardMetrics(threshold)
-        metrics.update(probabilities[places[name]], labels[places[name]])
-        scores[name] = metrics.compute()
-    return scores
+    return {
+        name: guard_scores(probabilities[where], labels[where], threshold=threshold)
+        for name, where in sorted(places.items())
+    }
 
 
 def threshold_for_recall(

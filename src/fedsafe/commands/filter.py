@@ -1,0 +1,165 @@
+"""`fedsafe filter`: any file of conversations through any guard."""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import auto_cli
+from jsonargparse.typing import ClosedUnitInterval
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from fedsafe.commands.noise import quiet_known_noise
+from fedsafe.commands.parsing import CommandParser
+from fedsafe.data.sources import Rejected
+from fedsafe.evaluation.guard_metrics import GuardMetrics
+from fedsafe.guard_report import filtered_table
+from fedsafe.safety.filter import Policy, SafetyFilter
+from fedsafe.safety.filter_file import FilteredRow, Outputs, filtered, survey, usable_rows
+from fedsafe.safety.guard import Guard
+from fedsafe.types import JudgedPart
+
+
+def run(name: str, arguments: list[str]) -> None:
+    """Parse the arguments and filter."""
+    quiet_known_noise()
+    auto_cli(
+        filter,
+        args=arguments,
+        prog=f"fedsafe {name}",
+        as_positional=False,
+        parser_class=CommandParser,
+    )
+
+
+def filter(  # noqa: PLR0913
+    input: str,
+    output: str,
+    guard: Guard,
+    *,
+    policy: Policy = "drop",
+    judge: JudgedPart = "pair",
+    threshold: ClosedUnitInterval = 0.5,
+    refusals: str | None = None,
+    max_unsafe_share: ClosedUnitInterval = 0.7,
+    rejected: str | None = None,
+    on_bad_row: Literal["error", "skip"] = "skip",
+    overwrite: bool = False,
+) -> None:
+    """Judge each conversation of a file with a guard; write those that are kept.
+
+    Beside the output come NAME.rejected.jsonl (rows that were dropped, with their verdicts),
+    NAME.filter.jsonl (a line a judged row: verdict and action, no text), NAME.bad.jsonl (rows that
+    could not be used, and why) and NAME.summary.json. They appear together at the end. Verdicts are
+    kept in the cache: a command that was stopped goes on, and another threshold costs nothing.
+
+    Args:
+        input: File of conversations: .jsonl, .jsonl.gz, .json, .csv or .parquet.
+        output: JSONL file for the rows that are kept, with all their columns as they were.
+        guard: Who judges.
+        policy: What becomes of an unsafe row: `drop` leaves it out, `refuse` puts a refusal in
+            place of its last answer (and calls it safe, if it is labelled), `keep` only writes the
+            verdict down.
+        judge: What the guard is shown of a row: the `pair` of prompt and response, the `prompt`
+            alone, or the `response` alone.
+        threshold: Probability from which a row is unsafe, 0 to 1.
+        refusals: Text file of refusals, one a line, for policy `refuse`; the default is those
+            shipped.
+        max_unsafe_share: Share of unsafe rows in the whole file above which nothing is written: a
+            guard that flags nearly everything is set up wrongly. Policy `keep` never stops.
+        rejected: JSONL file for the rows that are dropped, in place of NAME.rejected.jsonl.
+        on_bad_row: Skip rows that cannot be used and list them in NAME.bad.jsonl, or stop with an
+            error before anything is judged.
+        overwrite: Whether files of an earlier command may be replaced.
+    """
+    safety = SafetyFilter(guard, policy, judge, threshold, refusals, max_unsafe_share)
+    outputs = Outputs(Path(output), Path(rejected) if rejected is not None else None)
+    outputs.check(Path(input), overwrite=overwrite)
+    found = survey(input, on_bad_row=on_bad_row)
+    tally = Tally(threshold)
+    started = time.perf_counter()
+    with outputs.open():
+        _write_rows(input, safety, outputs, tally, total=found.rows)
+        safety.check_share(tally.counts["unsafe"], num_judged=tally.judged)
+        if tally.counts["rows"] != found.rows:
+            raise ValueError(f"{input} changed while it was read; run the command again")
+        summary = {
+            "input": input,
+            "output": output,
+            "filter": safety.identity,
+            "policy": policy,
+            **tally.summary(),
+            **_speed(tally.counts["rows"], time.perf_counter() - started),
+        }
+        outputs.write_summary(summary)
+    console = Console()
+    console.print(filtered_table(summary))
+    console.print(f"wrote {', '.join(map(str, outputs.written()))}", soft_wrap=True)
+
+
+class Tally:
+    """Counts of what became of the rows, and how right the guard was where they are labelled."""
+
+    def __init__(self, threshold: float) -> None:
+        self.counts: Counter[str] = Counter()
+        self._categories: Counter[str] = Counter()
+        self._metrics = GuardMetrics(threshold)
+
+    @property
+    def judged(self) -> int:
+        """Rows that have a verdict."""
+        return self.counts["rows"] - self.counts["bad"]
+
+    def add(self, rows: Sequence[FilteredRow | Rejected]) -> None:
+        """Count a window of rows."""
+        judged = [row for row in rows if isinstance(row, FilteredRow)]
+        self.counts.update(rows=len(rows), bad=len(rows) - len(judged))
+        self.counts.update(row.action for row in judged)
+        self.counts["unsafe"] += sum(row.unsafe for row in judged)
+        self.counts["shortened"] += sum(row.verdict.shortened for row in judged)
+        for row in judged:
+            if row.unsafe:
+                self._categories.update(row.verdict.categories)
+        labelled = [row for row in judged if row.sample["label"] is not None]
+        if labelled:
+            self._metrics.update(
+                torch.tensor([row.verdict.unsafe for row in labelled], dtype=torch.float64),
+                torch.tensor([row.sample["label"] == "unsafe" for row in labelled]),
+            )
+
+    def summary(self) -> dict[str, Any]:
+        """The figures, `kept` with the refused rows: rows = kept + rejected + bad."""
+        counts = self.counts
+        kept = counts["kept"] + counts["refused"]
+        assert counts["rows"] == kept + counts["dropped"] + counts["bad"], counts
+        return {
+            "rows": counts["rows"],
+            "kept": kept,
+            "rejected": counts["dropped"],
+            "bad": counts["bad"],
+            "unsafe": counts["unsafe"],
+            "refused": counts["refused"],
+            "shortened": counts["shortened"],
+            "categories": dict(sorted(self._categories.items())),
+            "labelled": self._metrics.compute()._asdict() if self._metrics.update_count else None,
+        }
+
+
+def _write_rows(
+    source: str, safety: SafetyFilter, outputs: Outputs, tally: Tally, *, total: int
+) -> None:
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(f"Filtering with {safety.guard.name}", total=total)
+        for window in filtered(usable_rows(source), safety):
+            for row in window:
+                outputs.write(row)
+            tally.add(window)
+            progress.advance(task, len(window))
+
+
+def _speed(rows: int, seconds: float) -> dict[str, float]:
+    return {"seconds": round(seconds, 3), "rows_per_second": round(rows / seconds, 1)}

@@ -1,0 +1,238 @@
+"""A file through a filter, row by row: what is kept, what is not, and nothing lost.
+
+Holds one window of rows at a time, so that memory does not grow with the file.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TextIO
+
+from fedsafe.data.sources import (
+    CheckedRow,
+    Rejected,
+    bad_rows_error,
+    iterate_file,
+    no_rows_error,
+    with_answer,
+)
+from fedsafe.safety.filter import SafetyFilter
+from fedsafe.safety.score_cache import CHUNK_SIZE
+from fedsafe.types import Sample, Verdict
+
+_DIGITS = 6
+_SEED = 0
+"""Which refusal a sample gets depends on its text alone: the same file gives the same file."""
+
+
+class FilteredRow(NamedTuple):
+    """A row that was judged."""
+
+    record: dict[str, Any]
+    """As the file has it."""
+    sample: Sample
+    verdict: Verdict
+    unsafe: bool
+    kept: dict[str, Any] | None
+    """The record as it is kept, perhaps with a refusal for an answer; None if it is dropped."""
+
+    @property
+    def action(self) -> Literal["kept", "refused", "dropped"]:
+        """What became of it, in the words of a run's `filter.jsonl`."""
+        if self.kept is None:
+            return "dropped"
+        return "kept" if self.kept is self.record else "refused"
+
+
+class Survey(NamedTuple):
+    """What a file holds."""
+
+    rows: int
+    bad: int
+
+
+def usable_rows(name: str) -> Iterator[CheckedRow]:
+    """The rows of a file; what JSON lines cannot hold, such as an image's bytes, is a bad row."""
+    for row in iterate_file(name):
+        try:
+            json_line(row.record)
+        except TypeError as error:
+            assert row.sample is not None
+            yield CheckedRow({}, None, Rejected(name, row.sample["row"], str(error)))
+        else:
+            yield row
+
+
+def survey(name: str, *, on_bad_row: Literal["error", "skip"]) -> Survey:
+    """Count a file's rows before any is judged.
+
+    Raises:
+        ValueError: If rows are bad and are not to be skipped, or no row can be used.
+    """
+    num, bad = 0, []
+    for row in usable_rows(name):
+        num += 1
+        if row.rejected is not None:
+            bad.append(row.rejected)
+    if bad and on_bad_row == "error":
+        raise bad_rows_error(bad, total=num)
+    if len(bad) == num:
+        raise no_rows_error(bad, names=[name])
+    return Survey(num, len(bad))
+
+
+def filtered(
+    rows: Iterable[CheckedRow], safety: SafetyFilter
+) -> Iterator[Sequence[FilteredRow | Rejected]]:
+    """Judge rows, a window at a time; bad rows stay where they are between the others.
+
+    A window is as much as the filter keeps on disk at once: what is killed loses one window.
+    """
+    stream = iter(rows)
+    while window := list(islice(stream, CHUNK_SIZE)):
+        good = [row.sample["messages"] for row in window if row.sample is not None]
+        verdicts = iter(safety.verdicts(good))
+        yield [
+            row.rejected or _apply(row, safety, next(verdicts))  # in the order of the rows
+            for row in window
+        ]
+
+
+def _apply(row: CheckedRow, safety: SafetyFilter, verdict: Verdict) -> FilteredRow:
+    assert row.sample is not None
+    unsafe = safety.is_unsafe(verdict)
+    kept: dict[str, Any] | None = row.record
+    if unsafe and safety.policy == "drop":
+        kept = None
+    elif unsafe and safety.policy == "refuse":
+        refusal = safety.refused(row.sample["messages"], seed=_SEED)[-1]["content"]
+        kept = with_answer(row.record, refusal)
+        if row.sample["label"] is not None:
+            kept["label"] = "safe"  # the answer that the label was about is gone
+    return FilteredRow(row.record, row.sample, verdict, unsafe, kept)
+
+
+def json_line(record: dict[str, Any]) -> str:
+    r"""A record as a line of JSON; dates and numbers of Parquet's own kinds become text.
+
+    Raises:
+        TypeError: If it holds bytes.
+    """
+    line = json.dumps(record, ensure_ascii=False, default=_as_text)
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can hold
+        line = json.dumps(record, default=_as_text)
+    return line + "\n"
+
+
+def _as_text(value: object) -> str:
+    if isinstance(value, bytes):
+        raise TypeError("holds bytes, which a JSONL file cannot hold; drop that column")
+    return str(value)
+
+
+class Outputs:
+    """The files of one filtering, beside each other.
+
+    They are written under other names and moved to their places together, when all is done: a
+    file that is there is whole.
+
+    Args:
+        kept: JSONL file for the rows that are kept; its name gives those of the others.
+        rejected: JSONL file for those that are dropped; None is `NAME.rejected.jsonl`.
+    """
+
+    def __init__(self, kept: Path, rejected: Path | None = None) -> None:
+        if kept.suffix != ".jsonl" or (rejected is not None and rejected.suffix != ".jsonl"):
+            wrong = kept if kept.suffix != ".jsonl" else rejected
+            raise ValueError(f"{wrong} would hold JSON lines; give a name that ends with .jsonl")
+        self.kept = kept
+        self.rejected = rejected or kept.with_suffix(".rejected.jsonl")
+        self.judged = kept.with_suffix(".filter.jsonl")
+        self.bad = kept.with_suffix(".bad.jsonl")
+        self.summary = kept.with_suffix(".summary.json")
+        self._files: dict[Path, TextIO] = {}
+        if len(set(self.paths)) < len(self.paths):
+            raise ValueError(f"{self.rejected} is another output too; give --rejected another name")
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All of them, the kept rows last."""
+        return (self.rejected, self.judged, self.bad, self.summary, self.kept)
+
+    def check(self, source: Path, *, overwrite: bool) -> None:
+        """Refuse to write over the rows that are read, or over files that are there.
+
+        Raises:
+            ValueError: If one of the files is either.
+        """
+        if source.resolve() in {path.resolve() for path in self.paths}:
+            raise ValueError(f"{source} is read and would be written too; give another --output")
+        found = [str(path) for path in self.paths if path.exists()]
+        if found and not overwrite:
+            raise ValueError(
+                f"{', '.join(found)} would be overwritten; give another --output, or "
+                "--overwrite true"
+            )
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Open the files; move them to their places if no error ends the block."""
+        scratch = {path: path.with_name(f".{path.name}.part") for path in self.paths}
+        for path in self.paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with ExitStack() as stack:
+                for path, place in scratch.items():
+                    file = place.open("w", encoding="utf-8", newline="\n")
+                    self._files[path] = stack.enter_context(file)
+                yield
+            for path, place in scratch.items():
+                place.replace(path)
+            if self.bad.stat().st_size == 0:
+                self.bad.unlink()
+        finally:
+            for place in scratch.values():
+                place.unlink(missing_ok=True)
+
+    def written(self) -> list[Path]:
+        """Those that are there."""
+        return [path for path in self.paths if path.exists()]
+
+    def write(self, row: FilteredRow | Rejected) -> None:
+        """Write a row to the files that it belongs to."""
+        if isinstance(row, Rejected):
+            self._files[self.bad].write(json_line(row._asdict()))
+            return
+        verdict = _verdict_columns(row.verdict)
+        place = {name: row.sample[name] for name in ("client", "source", "row")}
+        self._files[self.judged].write(json_line({**place, **verdict, "action": row.action}))
+        if row.kept is None:
+            self._files[self.rejected].write(json_line(_with_verdict(row.record, verdict)))
+        else:
+            self._files[self.kept].write(json_line(row.kept))
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write what came out."""
+        self._files[self.summary].write(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+
+
+def _verdict_columns(verdict: Verdict) -> dict[str, Any]:
+    columns: dict[str, Any] = {
+        "unsafe": round(verdict.unsafe, _DIGITS),
+        "categories": list(verdict.categories),
+        "guard": verdict.guard,
+    }
+    return {**columns, "shortened": True} if verdict.shortened else columns
+
+
+def _with_verdict(record: dict[str, Any], verdict: dict[str, Any]) -> dict[str, Any]:
+    """The record with a column `verdict`, or `verdict_2` where an earlier filter wrote that."""
+    name, number = "verdict", 1
+    while name in record:
+        number += 1
+        name = f"verdict_{number}"
+    return {**record, name: verdict}
