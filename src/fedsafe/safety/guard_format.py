@@ -25,7 +25,9 @@ class Question:
         labels: What the guard writes, with its share of unsafe: ``{safe: 0, unsafe: 1}``; a level
             in between may count in part. For a classifier, names of its classes.
         opening: What the guard writes before the label, such as two line ends.
-        template_options: Named values for the template.
+        ending: What the prompt ends with; added where the template leaves it out.
+        template_options: Named values for the template, such as `add_generation_prompt`, true
+            unless it is set here.
         pattern: Regular expression with a group `label` (and perhaps `categories`), for guards
             whose label does not come first: the answer is then generated and searched.
         empty_answer: Whether an empty answer follows the user's turn, for templates that expect
@@ -34,6 +36,7 @@ class Question:
 
     labels: dict[str, float]
     opening: str = ""
+    ending: str = ""
     template_options: dict[str, Any] = field(default_factory=dict)
     pattern: str | None = None
     empty_answer: bool = False
@@ -145,6 +148,8 @@ def _read_format(values: object, *, name: str, where: str) -> GuardFormat:
     for role in ("user", "assistant"):
         if given.get(role) is not None:
             given[role] = _read_question(given[role], where=f"{where}, {role}")
+    if given.get("assistant") is not None and given["assistant"].empty_answer:
+        raise ValueError(f"{where}, assistant: `empty_answer` is for a user's turn; leave it out")
     if given.get("categories") is not None:
         place = f"{where}, categories"
         given["categories"] = Categories(**_checked(Categories, given["categories"], where=place))
