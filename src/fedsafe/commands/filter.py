@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from fedsafe.data.sources import Rejected
 from fedsafe.evaluation.guard_metrics import GuardMetrics
 from fedsafe.guard_report import filtered_table
 from fedsafe.safety.filter import Policy, SafetyFilter
-from fedsafe.safety.filter_file import FilteredRow, Outputs, filtered, survey, usable_rows
+from fedsafe.safety.filter_file import FilteredRow, Outputs, count_rows, filtered, usable_rows
 from fedsafe.safety.guard import Guard
 from fedsafe.types import JudgedPart
 
@@ -59,7 +59,7 @@ def filter(  # noqa: PLR0913
     Args:
         input: File of conversations: .jsonl, .jsonl.gz, .json, .csv or .parquet.
         output: JSONL file for the rows that are kept, with all their columns as they were.
-        guard: Who judges.
+        guard: Guard that judges: its class and settings.
         policy: What becomes of an unsafe row: `drop` leaves it out, `refuse` puts a refusal in
             place of its last answer (and calls it safe, if it is labelled), `keep` only writes the
             verdict down.
@@ -78,23 +78,8 @@ def filter(  # noqa: PLR0913
     safety = SafetyFilter(guard, policy, judge, threshold, refusals, max_unsafe_share)
     outputs = Outputs(Path(output), Path(rejected) if rejected is not None else None)
     outputs.check(Path(input), overwrite=overwrite)
-    found = survey(input, on_bad_row=on_bad_row)
-    tally = Tally(threshold)
-    started = time.perf_counter()
-    with outputs.open():
-        _write_rows(input, safety, outputs, tally, total=found.rows)
-        safety.check_share(tally.counts["unsafe"], num_judged=tally.judged)
-        if tally.counts["rows"] != found.rows:
-            raise ValueError(f"{input} changed while it was read; run the command again")
-        summary = {
-            "input": input,
-            "output": output,
-            "filter": safety.identity,
-            "policy": policy,
-            **tally.summary(),
-            **_speed(tally.counts["rows"], time.perf_counter() - started),
-        }
-        outputs.write_summary(summary)
+    total = count_rows(input, on_bad_row=on_bad_row)
+    summary = _write_all(input, safety, outputs, total=total)
     console = Console()
     console.print(filtered_table(summary))
     console.print(f"wrote {', '.join(map(str, outputs.written()))}", soft_wrap=True)
@@ -148,18 +133,39 @@ class Tally:
         }
 
 
-def _write_rows(
-    source: str, safety: SafetyFilter, outputs: Outputs, tally: Tally, *, total: int
-) -> None:
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(f"Filtering with {safety.guard.name}", total=total)
-        for window in filtered(usable_rows(source), safety):
+def _write_all(
+    source: str, safety: SafetyFilter, outputs: Outputs, *, total: int
+) -> dict[str, Any]:
+    """Write every file; returns the summary."""
+    started = time.perf_counter()
+    tally = Tally(safety.threshold)
+    with outputs.open():
+        for window in _progress(filtered(usable_rows(source), safety), safety, total):
             for row in window:
                 outputs.write(row)
             tally.add(window)
+        safety.check_share(tally.counts["unsafe"], num_judged=tally.judged)
+        if tally.counts["rows"] != total:
+            raise ValueError(f"{source} changed while it was read; run the command again")
+        seconds = time.perf_counter() - started
+        summary = {
+            "input": source,
+            "output": str(outputs.kept),
+            "filter": safety.identity,
+            **tally.summary(),
+            "seconds": round(seconds, 3),
+            "rows_per_second": round(total / seconds, 1),
+        }
+        outputs.write_summary(summary)
+    return summary
+
+
+def _progress(
+    windows: Iterator[Sequence[FilteredRow | Rejected]], safety: SafetyFilter, total: int
+) -> Iterator[Sequence[FilteredRow | Rejected]]:
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(f"Filtering with {safety.guard.name}", total=total)
+        for window in windows:
+            yield window
             progress.advance(task, len(window))
-
-
-def _speed(rows: int, seconds: float) -> dict[str, float]:
-    return {"seconds": round(seconds, 3), "rows_per_second": round(rows / seconds, 1)}

@@ -79,7 +79,7 @@ def measure(  # noqa: PLR0913
         input: Files or hub names of conversations whose `label` is safe or unsafe; those without a
             label are counted and left out.
         output: Directory for the files that are written.
-        guard: The guard, where it is one.
+        guard: Guard that judges, its class and settings, where it is only one.
         guards: Guards to compare, such as one before and after fine-tuning: guard, and perhaps name
             and threshold of each.
         threshold: Probability from which the one guard calls a conversation unsafe, 0 to 1; the

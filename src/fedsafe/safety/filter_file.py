@@ -46,13 +46,6 @@ class FilteredRow(NamedTuple):
         return "kept" if self.kept is self.record else "refused"
 
 
-class Survey(NamedTuple):
-    """What a file holds."""
-
-    rows: int
-    bad: int
-
-
 def usable_rows(name: str) -> Iterator[CheckedRow]:
     """The rows of a file; what JSON lines cannot hold, such as an image's bytes, is a bad row."""
     for row in iterate_file(name):
@@ -65,7 +58,7 @@ def usable_rows(name: str) -> Iterator[CheckedRow]:
             yield row
 
 
-def survey(name: str, *, on_bad_row: Literal["error", "skip"]) -> Survey:
+def count_rows(name: str, *, on_bad_row: Literal["error", "skip"]) -> int:
     """Count a file's rows before any is judged.
 
     Raises:
@@ -80,7 +73,7 @@ def survey(name: str, *, on_bad_row: Literal["error", "skip"]) -> Survey:
         raise bad_rows_error(bad, total=num)
     if len(bad) == num:
         raise no_rows_error(bad, names=[name])
-    return Survey(num, len(bad))
+    return num
 
 
 def filtered(

@@ -1,0 +1,163 @@
+import json
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fedsafe.data.sources import CheckedRow, Rejected
+from fedsafe.safety.filter import SafetyFilter
+from fedsafe.safety.filter_file import (
+    FilteredRow,
+    Outputs,
+    count_rows,
+    filtered,
+    json_line,
+    usable_rows,
+)
+from fedsafe.safety.guard import Guard
+from fedsafe.safety.score_cache import CHUNK_SIZE
+from fedsafe.types import Conversation, Sample, Turn, Verdict
+
+
+class RedGuard(Guard):
+    """What holds the word red is unsafe."""
+
+    name = "red"
+    identity = "red"
+
+    def judge(self, conversations: Sequence[Conversation]) -> list[Verdict]:
+        return [Verdict(float("red" in str(each)), (), self.name) for each in conversations]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FEDSAFE_CACHE", str(tmp_path / "cache"))
+
+
+def checked(number: int, prompt: str, **columns: Any) -> CheckedRow:
+    turns = [Turn(role="user", content=prompt), Turn(role="assistant", content="yes")]
+    record = {"prompt": prompt, "response": "yes", **columns}
+    label = columns.get("label")
+    about = {"client": None, "category": None, "source": "in.jsonl"}
+    return CheckedRow(record, Sample(messages=turns, label=label, row=number, **about), None)
+
+
+BAD = CheckedRow({}, None, Rejected("in.jsonl", 2, "is empty"))
+
+
+def filter_all(rows: list[CheckedRow], policy: Any = "drop") -> list[FilteredRow | Rejected]:
+    safety = SafetyFilter(RedGuard(), policy)
+    return [row for window in filtered(rows, safety) for row in window]
+
+
+def test_rows_come_back_in_their_order_bad_ones_too() -> None:
+    first, second, third = filter_all([checked(1, "red"), BAD, checked(3, "blue")])
+    assert isinstance(first, FilteredRow)
+    assert (first.action, first.unsafe, first.kept) == ("dropped", True, None)
+    assert second == BAD.rejected
+    assert isinstance(third, FilteredRow)
+    assert (third.action, third.kept) == ("kept", third.record)
+
+
+def test_no_more_than_a_window_is_read_ahead() -> None:
+    read: list[int] = []
+
+    def endless() -> Iterator[CheckedRow]:
+        while True:
+            read.append(1)
+            yield checked(len(read), f"blue {len(read)}")
+
+    windows = filtered(endless(), SafetyFilter(RedGuard()))
+    assert len(next(windows)) == CHUNK_SIZE
+    assert len(next(windows)) == CHUNK_SIZE
+    assert len(read) == 2 * CHUNK_SIZE
+
+
+@pytest.mark.parametrize("label", ["unsafe", None])
+def test_a_repaired_row_that_is_labelled_is_safe_now(label: str | None) -> None:
+    columns = {"label": label} if label else {}
+    row, same = filter_all([checked(1, "red", **columns), checked(2, "red", **columns)], "refuse")
+    assert isinstance(row, FilteredRow)
+    assert row.kept is not None
+    assert row.action == "refused"
+    assert row.kept["response"] not in ("yes", "")
+    assert row.kept.get("label") == ("safe" if label else None)
+    assert row.record["response"] == "yes"
+    assert isinstance(same, FilteredRow)
+    assert same.kept == row.kept
+
+
+def test_what_the_policy_keeps_stays_as_it_is() -> None:
+    (row,) = filter_all([checked(1, "red", label="unsafe")], "keep")
+    assert isinstance(row, FilteredRow)
+    assert (row.action, row.unsafe, row.kept) == ("kept", True, row.record)
+
+
+@pytest.mark.parametrize(
+    ("record", "line"),
+    [
+        ({"a": "안녕 é"}, '{"a": "안녕 é"}\n'),
+        ({"a": "\ud83d 안"}, '{"a": "\\ud83d \\uc548"}\n'),
+        ({"a": datetime(2024, 5, 1, tzinfo=UTC)}, '{"a": "2024-05-01 00:00:00+00:00"}\n'),
+        ({"a": [Decimal("1.10")]}, '{"a": ["1.10"]}\n'),
+        ({"a": "one\ntwo", "b": None}, '{"a": "one\\ntwo", "b": null}\n'),
+    ],
+    ids=["other scripts", "half a pair", "date", "decimal", "line end"],
+)
+def test_a_record_becomes_one_line_that_can_be_written(record: dict[str, Any], line: str) -> None:
+    assert json_line(record) == line
+    assert line.encode()
+    json.loads(line)
+
+
+def test_bytes_make_a_row_bad() -> None:
+    rows = [{"prompt": "a", "response": "b", "image": each} for each in (None, b"\x00\xff")]
+    pq.write_table(pa.Table.from_pylist(rows), "in.parquet")
+    good, bad = usable_rows("in.parquet")
+    assert good.rejected is None
+    reason = "holds bytes, which a JSONL file cannot hold; drop that column"
+    assert bad.rejected == Rejected("in.parquet", 1, reason)
+    assert count_rows("in.parquet", on_bad_row="skip") == 2
+    with pytest.raises(ValueError, match=f"1 of 2 rows cannot be used:\n.*row 1: {reason}"):
+        count_rows("in.parquet", on_bad_row="error")
+
+
+def test_a_file_of_bad_rows_alone_is_an_error() -> None:
+    Path("in.jsonl").write_text('{"prompt": "a"}\n')
+    with pytest.raises(ValueError, match=r"no row of in.jsonl can be used:\n.*has no `response`"):
+        count_rows("in.jsonl", on_bad_row="skip")
+
+
+def write_out(rows: list[CheckedRow]) -> None:
+    outputs = Outputs(Path("out/kept.jsonl"))
+    with outputs.open():
+        for row in filter_all(rows):
+            outputs.write(row)
+
+
+def test_a_verdict_takes_no_columns_place() -> None:
+    write_out([checked(1, "red", verdict="mine"), checked(2, "red", verdict=1, verdict_2=2)])
+    lines = Path("out/kept.rejected.jsonl").read_text().splitlines()
+    first, second = (json.loads(line) for line in lines)
+    assert (first["verdict"], first["verdict_2"]["unsafe"]) == ("mine", 1.0)
+    assert (second["verdict_2"], second["verdict_3"]["unsafe"]) == (2, 1.0)
+
+
+def test_an_error_leaves_files_as_they_were() -> None:
+    write_out([checked(1, "blue")])
+    before = {path: path.read_text() for path in Path("out").iterdir()}
+    outputs = Outputs(Path("out/kept.jsonl"))
+    with pytest.raises(OSError, match="no place for this"), outputs.open():
+        _fail_after_writing(outputs)
+    assert {path: path.read_text() for path in Path("out").iterdir()} == before
+
+
+def _fail_after_writing(outputs: Outputs) -> None:
+    outputs.write(Rejected("in.jsonl", 1, "bad"))
+    raise OSError("no place for this")
