@@ -82,3 +82,13 @@ def test_many_clients_measures_planning_and_memory() -> None:
     assert figures["plan_ms"] > 0
     assert isinstance(figures["rss_growth_mb"], float)
     assert figures["clients"] == 10_000
+
+
+@pytest.mark.slow
+@needs_psutil
+def test_filter_memory_accounts_for_every_row() -> None:
+    figures = last_line("filter_memory.py")
+    assert figures["rows_per_second"] > 0
+    assert isinstance(figures["rss_growth_mb"], float)
+    assert figures["bad"] > 0
+    assert figures["unaccounted"] == 0
