@@ -1,7 +1,7 @@
 """How a guard is asked and how its answer is read: data, one YAML file a family of guards."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from importlib.resources import files
@@ -110,6 +110,45 @@ class GuardFormat:
             )
         return asked
 
+    def category_options(
+        self, categories: Mapping[str, str] | None, excluded: Sequence[str]
+    ) -> dict[str, Any]:
+        """Template options that change the guard's categories.
+
+        Args:
+            categories: Kinds of harm in place of the guard's own, code to description; None keeps
+                them.
+            excluded: Codes to leave out.
+
+        Raises:
+            ValueError: If the guard's categories cannot be changed so.
+        """
+        known = self.categories
+        options: dict[str, Any] = {}
+        if categories:
+            if known is None or known.option is None:
+                raise ValueError(
+                    f"{self.name} takes no categories of one's own ({', '.join(categories)}); "
+                    "leave `categories` out, or take a guard whose format names an `option` for "
+                    "them"
+                )
+            options[known.option] = dict(categories)
+        if excluded:
+            if known is None or known.exclude_option is None:
+                raise ValueError(
+                    f"{self.name} cannot leave categories out ({', '.join(excluded)}); leave "
+                    "`excluded_categories` out, or take a guard whose format names an "
+                    "`exclude_option`"
+                )
+            codes = categories or known.codes
+            if unknown := [code for code in excluded if code not in codes]:
+                raise ValueError(
+                    f"{self.name} has no category {', '.join(unknown)} to leave out; its codes "
+                    f"are {', '.join(codes)}"
+                )
+            options[known.exclude_option] = list(excluded)
+        return options
+
 
 def load_format(name: str) -> GuardFormat:
     """Read a format: the name of a shipped one, or the path of a YAML file.
@@ -151,8 +190,7 @@ def _read_format(values: object, *, name: str, where: str) -> GuardFormat:
     if given.get("assistant") is not None and given["assistant"].empty_answer:
         raise ValueError(f"{where}, assistant: `empty_answer` is for a user's turn; leave it out")
     if given.get("categories") is not None:
-        place = f"{where}, categories"
-        given["categories"] = Categories(**_checked(Categories, given["categories"], where=place))
+        given["categories"] = _read_categories(given["categories"], where=f"{where}, categories")
     format_ = GuardFormat(name=name, **given)
     if format_.user is None and format_.assistant is None:
         raise ValueError(f"{where} has neither `user` nor `assistant`; say what the guard judges")
@@ -169,13 +207,26 @@ def _read_question(values: object, *, where: str) -> Question:
     return Question(**{**vars(question), "labels": weights})
 
 
+def _read_categories(values: object, *, where: str) -> Categories:
+    categories = Categories(**_checked(Categories, values, where=where))
+    if not categories.codes:
+        raise ValueError(f"{where} has no codes; write what the guard names, or leave it out")
+    for code in categories.codes:
+        _check_text(code, what=f"{where}: the code")
+    return categories
+
+
+def _check_text(name: object, *, what: str) -> None:
+    if not isinstance(name, str):
+        # YAML reads a bare Yes, No, on and off as truth values, and digits as a number.
+        raise ValueError(f"{what} {name!r} is not text; put it in quotes")
+
+
 def _weights(labels: Mapping[Any, Any], *, where: str) -> dict[str, float]:
     if not labels:
         raise ValueError(f"{where} has no labels; write what the guard answers, such as safe: 0")
     for label, weight in labels.items():
-        if not isinstance(label, str):
-            # YAML reads a bare Yes, No, on and off as truth values.
-            raise ValueError(f"{where}: the label {label!r} is not text; put it in quotes")
+        _check_text(label, what=f"{where}: the label")
         if type(weight) not in (int, float) or not 0 <= weight <= 1:
             raise ValueError(
                 f"{where}: the label {label!r} has weight {weight!r}; give its share of unsafe, "

@@ -2,12 +2,13 @@
 
 The checkpoint's own chat template renders the prompt, or that of the format where it has none.
 Templates of guards know users and assistants in turn, so turns of the system are left out, and
-turns of one role that follow each other become one.
+turns of one role that follow each other become one. A special token that somebody has written in a
+turn is broken up by a space: it would end the turn and let the rest pass for the guard's own words.
 """
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
 from typing import Any, Literal, NamedTuple, cast
 
 from jinja2 import TemplateError
@@ -21,14 +22,12 @@ _GAP = " ... "
 _PROBE = "fedsafe asks itself\nwhether the template holds this"
 """Two lines: a template that prints a list of parts as Python does would show one."""
 _BETWEEN_MERGED = "\n\n"
-
-
-def _any_day(format_: str) -> str:
-    """Some templates write the date; a verdict does not depend on the day it is given."""
-    return datetime(2025, 1, 1).strftime(format_)
-
-
-_ALWAYS = {"add_generation_prompt": True, "strftime_now": _any_day}
+_ANY_DAY = """\
+{% macro strftime_now(format) %}\
+{{ format | replace("%d", "01") | replace("%B", "January") | replace("%b", "Jan") \
+| replace("%m", "01") | replace("%Y", "2025") }}\
+{% endmacro %}"""
+"""Some templates write the date: a verdict does not depend on the day it is given."""
 
 Options = Mapping[str, Any]
 
@@ -85,11 +84,14 @@ class GuardPrompts:
             )
         self._format = format_
         self._tokenizer = tokenizer
+        template = format_.template or tokenizer.get_chat_template()
+        self._template = (_ANY_DAY if "strftime_now" in template else "") + template
+        self._special_tokens = _special_tokens(tokenizer, template)
         self._window = window
         self._too_long = too_long
         # A chat template writes the special tokens; text alone gets them from the tokenizer.
         self._add_special_tokens = format_.loader == "classifier" and format_.template is not None
-        self._category_options = _category_options(format_, categories, excluded_categories)
+        self._category_options = format_.category_options(categories, excluded_categories)
         self._openings = {
             role: self._opening_ids(question) for role, question in self._questions().items()
         }
@@ -156,7 +158,11 @@ class GuardPrompts:
 
     def _shown(self, messages: Conversation) -> Conversation:
         """The turns that a template is given."""
-        spoken = [turn for turn in messages if turn["role"] != "system"]
+        spoken = [
+            Turn(role=turn["role"], content=self._special_tokens.sub(_broken_up, turn["content"]))
+            for turn in messages
+            if turn["role"] != "system"
+        ]
         merged = [
             Turn(role=role, content=_BETWEEN_MERGED.join(turn["content"] for turn in turns))
             for role, turns in itertools.groupby(spoken, key=lambda turn: turn["role"])
@@ -190,17 +196,18 @@ class GuardPrompts:
         try:
             text = self._tokenizer.apply_chat_template(
                 cast(list[dict[str, str]], turns),
-                chat_template=self._format.template,
+                chat_template=self._template,
                 tokenize=False,
-                **{**_ALWAYS, **question.template_options, **categories, **options},
+                **{"add_generation_prompt": True}
+                | question.template_options
+                | {**categories, **options},
             )
         except (TemplateError, TypeError) as error:
-            reason = str(error)
-            # A template may put what it was given into its message.
-            if any(turn["content"].strip() in reason for turn in messages):
-                reason = type(error).__name__
+            # A template may put what it was given into its message, unless it is written there.
+            reason = str(error) if str(error) in self._template else type(error).__name__
             raise ValueError(
-                f"{place}the template of {self._name()} refuses it: {reason}"
+                f"{place}the template of {self._name()} refuses it: {reason}; show the guard "
+                "conversations of a user and an assistant in turn, or take its own template"
             ) from None
         assert isinstance(text, str)
         if messages[-1]["content"].strip() not in text:
@@ -339,38 +346,24 @@ def answer_tokens(question: Question, tokenizer: PreTrainedTokenizerBase) -> Ans
     return AnswerTokens(opening, {label: ids[len(opening) :] for label, ids in labels})
 
 
-def _category_options(
-    format_: GuardFormat, categories: Mapping[str, str] | None, excluded: Sequence[str]
-) -> dict[str, Any]:
-    """Template options that change the guard's categories."""
-    known = format_.categories
-    options: dict[str, Any] = {}
-    if categories:
-        if known is None or known.option is None:
-            raise ValueError(
-                f"{format_.name} takes no categories of one's own ({', '.join(categories)}); leave "
-                "`categories` out, or take a guard whose format names an `option` for them"
-            )
-        options[known.option] = dict(categories)
-    if excluded:
-        if known is None or known.exclude_option is None:
-            raise ValueError(
-                f"{format_.name} cannot leave categories out ({', '.join(excluded)}); leave "
-                "`excluded_categories` out, or take a guard whose format names an `exclude_option`"
-            )
-        codes = categories or known.codes
-        if unknown := [code for code in excluded if code not in codes]:
-            raise ValueError(
-                f"{format_.name} has no category {', '.join(unknown)} to leave out; its codes are "
-                f"{', '.join(codes)}"
-            )
-        options[known.exclude_option] = list(excluded)
-    return options
-
-
 def _cut(text: str, length: int) -> str:
     """Beginning and end of a text, `length` characters together."""
     if len(text) <= length:
         return text
     tail = length // 2
     return text[: length - tail] + _GAP + text[len(text) - tail :]
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> re.Pattern[str]:
+    """Finds what would become a special token, or a token that the template writes."""
+    texts = [
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if (token.special or token.content in template) and not token.content.isspace()
+    ]
+    longest_first = sorted((text for text in texts if len(text) > 1), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _broken_up(special: re.Match[str]) -> str:
+    return f"{special[0][0]} {special[0][1:]}"
