@@ -88,6 +88,7 @@ def test_debugging_raises(command, monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "how"),
     [
         ("table", "; the same command goes on where it stopped"),
+        ("filter", "; the same command goes on: verdicts are kept"),
         ("fit", "; the same command with --ckpt_path last goes on from the last finished round"),
         ("export", ""),
     ],

@@ -51,14 +51,15 @@ def filter(  # noqa: PLR0913
 ) -> None:
     """Judge each conversation of a file with a guard; write those that are kept.
 
-    Beside the output come NAME.rejected.jsonl (rows that were dropped, with their verdicts),
-    NAME.filter.jsonl (a line a judged row: verdict and action, no text), NAME.bad.jsonl (rows that
-    could not be used, and why) and NAME.summary.json. They appear together at the end. Verdicts are
-    kept in the cache: a command that was stopped goes on, and another threshold costs nothing.
+    Verdicts are kept in the cache: a command that was stopped goes on, and another threshold costs
+    nothing. The files appear together, when all is done.
 
     Args:
-        input: File of conversations: .jsonl, .jsonl.gz, .json, .csv or .parquet.
-        output: JSONL file for the rows that are kept, with all their columns as they were.
+        input: File of conversations, of type .jsonl, .jsonl.gz, .json, .csv or .parquet.
+        output: File NAME.jsonl for the rows that are kept, with all their columns as they were.
+            Beside it come NAME.rejected.jsonl (rows that were dropped, with their verdicts),
+            NAME.filter.jsonl (a line a judged row: verdict and action, no text), NAME.bad.jsonl
+            (rows that could not be used, and why) and NAME.summary.json.
         guard: Guard that judges: its class and settings.
         policy: What becomes of an unsafe row: `drop` leaves it out, `refuse` puts a refusal in
             place of its last answer (and calls it safe, if it is labelled), `keep` only writes the

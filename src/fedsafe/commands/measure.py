@@ -71,14 +71,14 @@ def measure(  # noqa: PLR0913
 ) -> None:
     """Judge labelled conversations with one or several guards and say how right each is.
 
-    Prints accuracy, precision, recall, F1, AUPRC and false-positive rate, and writes guards.json,
-    guards.md (these by category and by client too) and precision_recall.png. Verdicts are kept in
-    the cache: a command that was stopped goes on, and another threshold costs nothing.
+    Verdicts are kept in the cache: a command that was stopped goes on, and another threshold costs
+    nothing.
 
     Args:
         input: Files or hub names of conversations whose `label` is safe or unsafe; those without a
             label are counted and left out.
-        output: Directory for the files that are written.
+        output: Directory for guards.json, guards.md (accuracy, precision, recall, F1, AUPRC and
+            false-positive rate; by category and by client too) and precision_recall.png.
         guard: Guard that judges, its class and settings, where it is only one.
         guards: Guards to compare, such as one before and after fine-tuning: guard, and perhaps name
             and threshold of each.
