@@ -6,11 +6,13 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+from fedsafe.data.filtered import FilterReport, FilterRow
 from fedsafe.federated.partition import PartitionRow
 from fedsafe.report import (
     MAX_CLIENT_ROWS,
     draw_rounds,
     draw_table,
+    filter_table,
     partition_table,
     results_table,
     summary_table,
@@ -96,6 +98,89 @@ def test_of_many_clients_the_largest_are_shown() -> None:
     assert "client-999" in text
     assert "client-0 " not in text
     assert "500,500" in text
+
+
+def filter_report(clients: list[FilterRow], **settings: Any) -> FilterReport:
+    defaults: dict[str, Any] = {
+        "guard": "word-guard",
+        "policy": "drop",
+        "threshold": 0.25,
+        "held_out": FilterRow("held out", 7, 2, 2, 0, 5, 1, 1, 0),
+        "num_shortened": 0,
+    }
+    return FilterReport(clients=clients, **(defaults | settings))
+
+
+ADA = FilterRow("ada", 1030, 40, 40, 0, 990, hits=30, false_alarms=10, misses=20)
+BOB = FilterRow("bob", 10, 10, 10, 0, 0, hits=0, false_alarms=0, misses=0)
+
+
+def test_the_filters_table_counts_by_client_and_fits_a_terminal() -> None:
+    lines = rendered(filter_table(filter_report([ADA, BOB]))).splitlines()
+    cells = {line.split()[1]: line.replace("│", "").split()[1:] for line in lines if "│" in line}
+    assert cells["ada"] == ["1,030", "40", "40", "990", "75%", "60%"]
+    assert cells["bob"] == ["10", "10", "10", "0", "-", "-"]
+    assert cells["all"] == ["2", "1,040", "50", "50", "990", "75%", "60%"]
+    assert cells["held"] == ["out", "7", "2", "2", "5", "50%", "100%"]
+    text = "\n".join(lines)
+    assert "Safety filter: word-guard" in text
+    assert "policy drop, unsafe from 0.25" in text
+    assert "…" not in text
+    assert "beginning and end" not in text
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        (ADA, {"dropped"}),
+        (ADA._replace(dropped=1, refused=39), {"dropped", "refused"}),
+        (ADA._replace(dropped=0), set()),
+    ],
+    ids=["drop", "refuse", "keep"],
+)
+def test_the_filters_table_has_the_columns_that_something_is_in(
+    row: FilterRow, columns: set[str]
+) -> None:
+    nobody = FilterRow("held out", *[0] * 8)
+    text = rendered(filter_table(filter_report([row], held_out=nobody)))
+    assert {name for name in ("dropped", "refused") if name in text} == columns
+
+
+def test_the_filters_table_tells_what_was_judged_in_part() -> None:
+    report = filter_report([ADA], num_shortened=3, held_out=FilterRow("held out", *[0] * 8))
+    text = " ".join(rendered(filter_table(report)).split())
+    assert "3 judged by their beginning and end alone" in text
+    assert "held out" not in text
+
+
+def test_of_many_filtered_clients_the_largest_are_shown() -> None:
+    clients = [FilterRow(f"client-{n}", n + 1, 0, 0, 0, n + 1, 0, 0, 0) for n in range(1000)]
+    text = rendered(filter_table(filter_report(clients)))
+    assert f"… and {1000 - MAX_CLIENT_ROWS} more" in text
+    assert "client-999" in text
+    assert "client-0 " not in text
+    assert "500,500" in text
+
+
+@pytest.mark.parametrize(
+    ("clients", "line"),
+    [
+        (
+            [ADA, BOB],
+            "word-guard: 50 of 1,040 samples unsafe, 50 dropped; 1 clients left without a sample",
+        ),
+        (
+            [ADA._replace(dropped=1, refused=39)],
+            "word-guard: 40 of 1,030 samples unsafe, 1 dropped, 39 refused",
+        ),
+        ([ADA._replace(dropped=0)], "word-guard: 40 of 1,030 samples unsafe, all kept"),
+    ],
+    ids=["drop", "refuse", "keep"],
+)
+def test_the_summary_has_a_line_on_the_filter(clients: list[FilterRow], line: str) -> None:
+    table = summary_table([round_row(1)], Path("runs/a"), filtered=filter_report(clients))
+    assert line in rendered(table, width=120)
+    assert "filter" not in rendered(summary_table([round_row(1)], Path("runs/a")))
 
 
 def test_the_summary_tells_what_the_run_did(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt  # the backend is chosen before pyplot loads
 
 MAX_CLIENT_ROWS = 20
+DEEDS = ("dropped", "refused")
+"""What a filter may do to a sample; counts of it have these names."""
 
 
 class RunReport(Callback):
@@ -78,44 +80,44 @@ def filter_table(report: FilterReport) -> Table:
     """What the safety filter did to each client's samples; the largest of many clients."""
     shown = sorted(report.clients, key=lambda row: -row.judged)[:MAX_CLIENT_ROWS]
     shown_names = {row.client for row in shown}
+    total = report.total
+    everything = [total, report.held_out]
+    deeds = [name for name in DEEDS if any(getattr(row, name) for row in everything)]
+    counts = ["judged", "unsafe", *deeds, "left"]
     table = Table(title=f"Safety filter: {report.guard}", title_justify="left")
-    columns = ("client", "judged", "unsafe", "dropped", "refused", "left", "precision", "recall")
-    for name in columns:
+    for name in ("client", *counts, "precision", "recall"):
         table.add_column(name, justify="left" if name == "client" else "right")
     for row in report.clients:
         if row.client in shown_names:
-            table.add_row(*_filter_cells(row))
+            table.add_row(*_filter_cells(row, counts))
     if len(report.clients) > len(shown):
-        table.add_row(f"… and {len(report.clients) - len(shown):,} smaller")
+        table.add_row(f"… and {len(report.clients) - len(shown):,} more")
     table.add_section()
-    table.add_row(*_filter_cells(report.total))
-    if report.held_out.judged:
-        table.add_row(*_filter_cells(report.held_out))
+    for row in everything:
+        if row.judged:
+            table.add_row(*_filter_cells(row, counts))
     table.caption = f"policy {report.policy}, unsafe from {report.threshold:g}"
     if report.num_shortened:
         table.caption += f"; {report.num_shortened:,} judged by their beginning and end alone"
     return table
 
 
-def _filter_cells(row: FilterRow) -> list[str]:
-    counts = (row.judged, row.unsafe, row.dropped, row.refused, row.left)
-    rates = (row.precision, row.recall)
+def _filter_cells(row: FilterRow, counts: Sequence[str]) -> list[str]:
     return [
         row.client,
-        *(f"{count:,}" for count in counts),
-        *("-" if rate is None else f"{rate:.0%}" for rate in rates),
+        *(f"{getattr(row, name):,}" for name in counts),
+        *("-" if rate is None else f"{rate:.0%}" for rate in (row.precision, row.recall)),
     ]
 
 
 def _filter_line(report: FilterReport) -> str:
     """The safety filter in one line."""
     total = report.total
-    deeds = {"dropped": total.dropped, "refused": total.refused}
-    done = [f"{count:,} {deed}" for deed, count in deeds.items() if count] or ["all kept"]
+    done = [f"{count:,} {deed}" for deed in DEEDS if (count := getattr(total, deed))]
     counts = f"{total.unsafe:,} of {total.judged:,} samples unsafe"
     empty = sum(row.left == 0 for row in report.clients)
     lost = f"; {empty:,} clients left without a sample" if empty else ""
-    return f"{report.guard}: {counts}, {', '.join(done)}{lost}"
+    return f"{report.guard}: {counts}, {', '.join(done) or 'all kept'}{lost}"
 
 
 def summary_table(

@@ -16,6 +16,7 @@ from fedsafe.evaluation.refusal_probe import RefusalProbe
 from fedsafe.federated.client_drift import FedProx, Scaffold
 from fedsafe.federated.partition import IID, Dirichlet, Natural, Quantity
 from fedsafe.federated.server_optimizer import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi
+from fedsafe.safety.filter import SafetyFilter
 
 FUNCTIONS = ("filter", "measure", "table", "world", "generate", "export")
 
@@ -82,6 +83,7 @@ def test_an_option_without_words_is_found() -> None:
         *(FedAvg, FedAvgM, FedAdagrad, FedAdam, FedYogi),
         *(FedProx, Scaffold),
         RefusalProbe,
+        SafetyFilter,
     ],
 )
 def test_every_setting_of_a_part_is_explained(part: type) -> None:

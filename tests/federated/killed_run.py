@@ -3,6 +3,8 @@
 import argparse
 import os
 import signal
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,14 @@ from fedsafe.federated.partition import Natural
 from fedsafe.federated.rounds import FederatedRounds
 from fedsafe.federated.server_optimizer import FedAdam
 from fedsafe.model.module import LoraLM
+from fedsafe.safety import score_cache
+from fedsafe.safety.filter import SafetyFilter
+from fedsafe.types import Conversation, Verdict
+
+sys.path.append(str(Path(__file__).parents[1] / "stand_ins"))
+from word_guard import WordGuard  # found once its folder is known
+
+score_cache.CHUNK_SIZE = 5
 
 
 class SigKill(Callback):
@@ -32,13 +42,35 @@ class SigKill(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Killing(WordGuard):
+    """Kills the process when it is asked for its chunk number `chunk`, from 1.
+
+    Its probabilities depend a little on what is judged together.
+    """
+
+    def __init__(self, word: str, chunk: int | None) -> None:
+        super().__init__(word)
+        self.chunk = chunk
+
+    def judge(self, conversations: Sequence[Conversation]) -> list[Verdict]:
+        noise = sum(len(each[0]["content"]) for each in conversations) * 1e-5
+        verdicts = [v._replace(unsafe=v.unsafe + noise) for v in super().judge(conversations)]
+        if len(self.seen) == self.chunk:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return verdicts
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("base", "conversations", "folder"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--kill-at", type=int)
+    parser.add_argument("--filter")
+    parser.add_argument("--kill-scan", type=int)
     options = parser.parse_args()
+    guard = Killing(options.filter, options.kill_scan)
+    safety = SafetyFilter(guard, "refuse", max_unsafe_share=1.0) if options.filter else None
     saving = ModelCheckpoint(
         options.folder, filename="last", every_n_train_steps=1, enable_version_counter=False
     )
@@ -57,7 +89,7 @@ def main() -> None:
     trainer.fit(
         LoraLM(str(options.base), rank=4, lora_dropout=0.2, learning_rate=1e-2),
         datamodule=FederatedDataModule(
-            str(options.conversations), Natural(), batch_size=3, validation_share=0.0
+            str(options.conversations), Natural(), safety, batch_size=3, validation_share=0.0
         ),
         ckpt_path=options.folder / "last.ckpt" if options.resume else None,
     )

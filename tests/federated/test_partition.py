@@ -260,6 +260,25 @@ def test_rows_of_tokens_do_not_overflow_32_bits() -> None:
     assert partition_rows(partition, lengths=lengths)[0].tokens == 2 * (2**31 - 1)
 
 
+def test_samples_are_renumbered_and_left_out_client_by_client() -> None:
+    partition = Partition(np.array([0, 3, 1, 2, 4]), np.array([0, 2, 3, 5]), NumberedNames(3))
+    new = np.array([0, -1, 2, 7, -1])
+    after = partition.renumbered(new)
+    assert [after.samples_of(k).tolist() for k in range(3)] == [[0, 7], [], [2]]
+    assert after.num_holding == 2
+    assert partition.renumbered(np.arange(5)).digest() == partition.digest()
+    assert after.sums(np.arange(8)).tolist() == [7, 0, 2]
+
+
+def test_rows_of_clients_without_samples_are_zero_wherever_they_stand() -> None:
+    offsets = np.array([0, 0, 2, 2, 3, 3])
+    partition = Partition(np.array([2, 0, 1]), offsets, NumberedNames(5))
+    labels = ["unsafe", "safe", None]
+    rows = partition_rows(partition, lengths=np.array([1, 10, 100]), labels=labels)
+    assert [row.tokens for row in rows] == [0, 101, 0, 10, 0]
+    assert [row.harmful_share for row in rows] == [None, 1.0, None, 0.0, None]
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_the_validation_split_takes_its_share_and_loses_nothing(seed: int) -> None:
     train, val = validation_split(100, share=0.13, seed=seed)

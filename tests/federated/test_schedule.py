@@ -125,6 +125,47 @@ def test_clients_are_sampled_without_replacement_and_evenly() -> None:
     assert counts.max() < 200
 
 
+def test_clients_without_samples_are_never_drawn_and_the_others_evenly() -> None:
+    partition = partition_of((9, 0, 7, 0, 6))
+    schedule = Schedule(partition, num_rounds=400, clients_per_round=2, batch_size=3, local_steps=1)
+    drawn = [v.client for r in range(400) for v in schedule.plan(r).visits]
+    counts = np.bincount(drawn)
+    assert counts[[1, 3]].tolist() == [0, 0]
+    assert counts[[0, 2, 4]].min() > 230  # 267 expected of each, standard deviation below 10
+
+
+def test_an_empty_client_changes_no_other_clients_batches() -> None:
+    settings = {"num_rounds": 3, "batch_size": 3, "local_epochs": 2}
+    full = Schedule(partition_of((9, 4, 7)), clients_per_round=3, **settings)
+    holding = full.partition.order[np.r_[:9, 13:20]]
+    fewer = Partition(holding, np.array([0, 9, 9, 16]), full.partition.names)
+    lost = Schedule(fewer, clients_per_round=2, **settings)
+    for round_ in range(3):
+        batches = [k.samples.tolist() for k in full.plan(round_).batches() if k.client != 1]
+        assert [key.samples.tolist() for key in lost.plan(round_).batches()] == batches
+
+
+def test_steps_are_averaged_over_the_clients_that_hold_samples() -> None:
+    schedule = Schedule(
+        partition_of((9, 0, 4)), num_rounds=1, clients_per_round=2, batch_size=3, local_epochs=2
+    )
+    assert schedule.mean_steps() == 2 * (3 + 2) / 2
+    assert schedule.in_one_place().local_steps == 10
+
+
+@pytest.mark.parametrize("clients_per_round", [3, 0])
+def test_only_clients_with_samples_can_be_sampled(clients_per_round: int) -> None:
+    message = "but the safety filter leaves 2 of 3 clients a sample; choose 1 to 2"
+    with pytest.raises(ValueError, match=f"clients_per_round is {clients_per_round}, {message}"):
+        Schedule(
+            partition_of((9, 0, 4)),
+            num_rounds=1,
+            clients_per_round=clients_per_round,
+            batch_size=3,
+            local_steps=1,
+        )
+
+
 def test_failures_come_at_the_rate_asked_for_and_cost_no_batches() -> None:
     schedule = make_schedule(failure_probability=0.3)
     visits = [visit for r in range(300) for visit in schedule.plan(r).visits]

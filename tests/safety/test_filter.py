@@ -42,9 +42,8 @@ def test_a_sample_is_unsafe_from_the_threshold_on() -> None:
 )
 def test_the_guard_sees_the_part_that_it_judges(part, shown: Conversation, unsafe: float) -> None:
     guard = WordGuard("red")
-    assert [
-        v.unsafe for v in SafetyFilter(guard, judge=part).verdicts([sample("red", "blue")])
-    ] == [unsafe]
+    (judged,) = SafetyFilter(guard, judge=part).verdicts([sample("red", "blue")])
+    assert judged.unsafe == unsafe
     assert guard.seen == [[shown]]
 
 

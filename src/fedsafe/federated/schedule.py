@@ -144,11 +144,15 @@ class Schedule:
         """Check what the user chose."""
         num_holding = self.partition.num_holding
         if not 1 <= self.clients_per_round <= num_holding:
-            lost = len(self.partition) - num_holding
-            left = f" that the safety filter leaves a sample ({lost} have none)" if lost else ""
+            all_clients = len(self.partition)
+            there_are = (
+                f"there are {all_clients} clients"
+                if num_holding == all_clients
+                else f"the safety filter leaves {num_holding} of {all_clients} clients a sample"
+            )
             raise ValueError(
-                f"clients_per_round is {self.clients_per_round}, but there are {num_holding} "
-                f"clients{left}; choose 1 to {num_holding}"
+                f"clients_per_round is {self.clients_per_round}, but {there_are}; choose 1 to "
+                f"{num_holding}"
             )
         if (self.local_steps is None) == (self.local_epochs is None):
             raise ValueError(
