@@ -15,17 +15,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from fedsafe.cli import main
 from fedsafe.commands import training
+from fedsafe.commands.filter import filter
+from fedsafe.commands.measure import measure
 from fedsafe.commands.table import table
 from fedsafe.world.grammar import load_grammar
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+FUNCTIONS = {"table": table, "filter": filter, "measure": measure}
 ALGORITHMS = sorted((REPOSITORY / "configs" / "algorithm").glob("*.yaml"))
 
 
 def arguments_of(file: Path) -> list[str]:
     """The `fedsafe` command in a file's first lines, without the program."""
-    [command] = re.findall(r"fedsafe (?:fit|table) [^\n]*", file.read_text())[:1]
+    [command] = re.findall(r"fedsafe (?:fit|table|filter|measure) [^\n]*", file.read_text())[:1]
     return shlex.split(command)[1:]
 
 
@@ -41,8 +44,9 @@ def test_the_command_of_a_configuration_is_parsed(
 ) -> None:
     name, *arguments = arguments_of(file)
     assert str(file.relative_to(REPOSITORY)) in arguments
-    if name == "table":
-        rows = auto_parser(table, as_positional=False).parse_args(arguments).rows
+    if name in FUNCTIONS:
+        parsed = auto_parser(FUNCTIONS[name], as_positional=False).parse_args(arguments)
+        rows = parsed.rows if name == "table" else []
         assert all(Path(config).is_file() for row in rows for config in row.configs)
         return
     with pytest.raises(SystemExit) as caught:

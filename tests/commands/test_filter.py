@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from fedsafe.cli import main
 from fedsafe.safety.score_cache import CHUNK_SIZE
@@ -122,6 +123,26 @@ def test_settings_come_from_a_configuration_too() -> None:
     assert main(["filter", *given, "--output", "b.jsonl", "--threshold", "0.9"]) == 0
     assert lines("a.jsonl") == [SAFE, UNSAFE]
     assert lines("b.jsonl") == [UNSAFE]
+
+
+def test_the_same_configuration_filters_the_clients_of_a_fit(
+    config: Path, capsys: Captured
+) -> None:
+    guard = {"class_path": "stub_guards.WordGuard", "init_args": {"word": "cat"}}
+    settings = {"guard": guard, "policy": "refuse", "judge": "prompt", "threshold": 0.7}
+    Path("filter.yaml").write_text(json.dumps(settings))
+    source = write("in.jsonl", SAFE, UNSAFE)
+    given = ["--config", "filter.yaml", "--input", source, "--output", "kept.jsonl"]
+    assert main(["filter", *given]) == 0
+    assert summary()["refused"] == 1
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(config), "--data.filter", "filter.yaml", "--print_config"])
+    parsed = yaml.safe_load(capsys.readouterr().out)["data"]["filter"]
+    assert parsed["guard"]["init_args"]["word"] == "cat"
+    assert {name: parsed[name] for name in ("policy", "judge", "threshold")} == {
+        name: settings[name] for name in ("policy", "judge", "threshold")
+    }
 
 
 def test_the_guard_is_shown_what_is_judged() -> None:
