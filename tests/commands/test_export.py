@@ -45,6 +45,22 @@ def test_the_merged_model_gives_the_same_logits(adapter: Path, tmp_path: Path) -
     assert [each.name for each in (tmp_path / "out").iterdir()] == ["merged"]
 
 
+@torch.no_grad()
+def test_an_adapter_on_an_output_layer_tied_to_the_embeddings_leaves_those(
+    tiny_gpt2: Path, tmp_path: Path
+) -> None:
+    base = load_base(str(tiny_gpt2))
+    model = add_lora(base, rank=4, alpha=8, dropout=0, target_modules=["c_attn", "lm_head"])
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.normal_(std=0.3)
+    save_adapter(model, tmp_path / "adapter")
+    assert export("--adapter", str(tmp_path / "adapter"), "--merge", str(tmp_path / "merged")) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    trained = load_trained(tmp_path / "adapter")[0]
+    torch.testing.assert_close(merged(IDS).logits, trained(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
 def test_an_empty_folder_is_written_to(adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "merged").mkdir()
     arguments = ["--adapter", str(adapter), "--merge", str(tmp_path / "merged")]
