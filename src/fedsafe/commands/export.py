@@ -2,17 +2,14 @@
 
 import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jsonargparse import auto_cli
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
 
 from fedsafe.commands.noise import quiet_known_noise
 from fedsafe.commands.parsing import CommandParser
-from fedsafe.model.pretrained import load_trained
+from fedsafe.model.pretrained import load_trained, merge_adapter
 
 
 def run(name: str, arguments: list[str]) -> None:
@@ -50,23 +47,9 @@ def export(
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".merging-") as scratch:
         folder = Path(scratch) / "model"
-        _part_output_layer(model)
-        model.merge_and_unload(safe_merge=True).save_pretrained(folder)
+        merge_adapter(model).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         if target.exists():
             target.rmdir()
         folder.rename(target)
     print(f"wrote {target}; load it with AutoModelForCausalLM.from_pretrained")  # noqa: T201
-
-
-def _part_output_layer(model: PeftModel) -> None:
-    """Give an adapted output layer weights of its own, where they are the embeddings' too.
-
-    Merging would change the embeddings with it.
-    """
-    base: Any = model.get_base_model()
-    head = base.get_output_embeddings()
-    if isinstance(head, BaseTunerLayer) and head.weight is base.get_input_embeddings().weight:
-        plain: Any = head.get_base_layer()
-        plain.weight = nn.Parameter(plain.weight.detach().clone(), requires_grad=False)
-        base.config.tie_word_embeddings = False

@@ -5,9 +5,14 @@ silently does not when a cache is in use. Here the boundaries are an argument, a
 without them is refused, and the cost is the sum of the squared lengths instead of the square of
 their sum.
 
-Shapes: H heads, T tokens of the pack, D head size.
+Keys and values may begin with those of a prefix that all samples share (a cache of it, computed
+once): every token then sees the prefix too.
+
+Shapes: H heads, T tokens of the pack, P tokens of the shared prefix, L tokens of one sample, D head
+size.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,7 +42,7 @@ def packed_attention(
     Args:
         module: The attention layer that calls.
         query: Shape ``(1, H, T, D)``.
-        key: Shape ``(1, H_kv, T, D)``; H_kv divides H (grouped queries).
+        key: Shape ``(1, H_kv, P + T, D)``; H_kv divides H (grouped queries).
         value: As `key`.
         attention_mask: Must be None.
         dropout: Probability of dropping an attention weight.
@@ -58,6 +63,13 @@ def packed_attention(
         )
     _refuse_unsupported(module, kwargs)
     window: int | None = kwargs.get("sliding_window")
+    if key.shape[2] > query.shape[2]:
+        if window is not None:
+            raise ValueError(
+                f"a shared prefix and a sliding window of {window} tokens do not go together; "
+                "leave the prefix uncached for this model"
+            )
+        return _attend_with_prefix(query, key, value, segment_lengths, scaling), None
     grouped = key.shape[1] != query.shape[1]
     outputs = []
     for q, k, v in zip(
@@ -80,6 +92,72 @@ def packed_attention(
             )
         )
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
+
+
+def _attend_with_prefix(
+    query: Tensor, key: Tensor, value: Tensor, segment_lengths: list[int], scaling: float | None
+) -> Tensor:
+    """Attention of each segment to the shared prefix and, causally, to itself; for inference.
+
+    Returns:
+        Shape ``(1, T, H, D)``.
+    """
+    # the CPU's fused kernel multiplies bfloat16 slowly; plain products are faster there
+    plain = query.device.type == "cpu" and query.dtype is torch.bfloat16
+    attend = _plain_attention if plain else _fused_attention
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    segments = _with_prefix(key, value, segment_lengths)
+    outputs = [
+        attend(q, k, v, scale)
+        for q, (k, v) in zip(query.split(segment_lengths, 2), segments, strict=True)
+    ]
+    return torch.cat(outputs, 1)
+
+
+def _with_prefix(
+    key: Tensor, value: Tensor, segment_lengths: list[int]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Keys and values of each segment after those of the prefix, shape ``(1, H_kv, P + L, D)``."""
+    prefix = key.shape[2] - sum(segment_lengths)
+    start = prefix
+    for length in segment_lengths:
+        own = slice(start, start + length)
+        yield (
+            torch.cat([key[:, :, :prefix], key[:, :, own]], 2),
+            torch.cat([value[:, :, :prefix], value[:, :, own]], 2),
+        )
+        start += length
+
+
+def _fused_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attention of the last L of P + L tokens, shape ``(1, L, H, D)``."""
+    output = nn.functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=~_future(query, key),
+        scale=scale,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+    return output.transpose(1, 2)
+
+
+def _plain_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """The same; heads that share keys become more queries of one head."""
+    _, num_heads, length, size = query.shape
+    num_kv = key.shape[1]
+    folded = (query * scale).reshape(num_kv, -1, size)
+    scores = torch.bmm(folded, key[0].transpose(1, 2)).view(num_heads, length, -1)
+    weights = scores.masked_fill_(_future(query, key), -torch.inf).softmax(-1)
+    output = torch.bmm(weights.view(num_kv, -1, key.shape[2]), value[0])
+    return output.view(1, num_heads, length, size).transpose(1, 2)
+
+
+def _future(query: Tensor, key: Tensor) -> Tensor:
+    """True where a key comes after a query; shape ``(L, P + L)``."""
+    length, total = query.shape[2], key.shape[2]
+    ones = torch.ones(length, total, dtype=torch.bool, device=query.device)
+    return ones.triu(total - length + 1)
 
 
 def _refuse_unsupported(module: nn.Module, kwargs: dict[str, Any]) -> None:

@@ -74,8 +74,51 @@ def _generate_batch(
     max_new_tokens: int,
     temperature: float,
 ) -> list[str]:
-    filler = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     encoded = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    return _continue_batch(
+        model, tokenizer, encoded, max_new_tokens=max_new_tokens, temperature=temperature
+    )
+
+
+def continue_prompts(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 64,
+) -> list[str]:
+    """The likeliest continuation of each prompt of token ids, without special tokens.
+
+    Raises:
+        ValueError: If a prompt alone is longer than the model can read.
+    """
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    texts = [""] * len(prompts)
+    with _generating(model):
+        for begin in range(0, len(prompts), batch_size):
+            rows = by_length[begin : begin + batch_size]
+            batch = _continue_batch(
+                model,
+                tokenizer,
+                [list(prompts[row]) for row in rows],
+                max_new_tokens=max_new_tokens,
+                temperature=0.0,
+            )
+            for row, text in zip(rows, batch, strict=True):
+                texts[row] = text
+    return texts
+
+
+def _continue_batch(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: list[list[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+) -> list[str]:
+    filler = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     ids_BT, mask_BT = _pad_left(encoded, filler or 0)  # noqa: N806
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:

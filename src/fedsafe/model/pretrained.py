@@ -1,10 +1,13 @@
 """A trained adapter and its base, loaded for use."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedsafe.data.chat import ensure_chat_template
 from fedsafe.data.tokenizer import load_tokenizer
@@ -37,6 +40,31 @@ def load_trained(
     tokenizer = load_tokenizer(str(adapter) if has_tokenizer else name)
     ensure_chat_template(tokenizer)
     return adapted, tokenizer
+
+
+def merge_adapter(model: PeftModel) -> PreTrainedModel:
+    """The base with the adapter in its weights; the model given is used up.
+
+    Raises:
+        ValueError: If a merged weight is not finite.
+    """
+    _part_output_layer(model)
+    merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
+    return merged
+
+
+def _part_output_layer(model: PeftModel) -> None:
+    """Give the output layer weights of its own where it shares them and one side is adapted.
+
+    Merging would change the other side with it.
+    """
+    base: Any = model.get_base_model()
+    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    adapted = isinstance(head, BaseTunerLayer) or isinstance(embeddings, BaseTunerLayer)
+    if adapted and head.weight is embeddings.weight:
+        plain: Any = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+        plain.weight = nn.Parameter(plain.weight.detach().clone(), requires_grad=False)
+        base.config.tie_word_embeddings = False
 
 
 def _base_of(adapter: Path, name: str) -> str:

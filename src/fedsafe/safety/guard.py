@@ -33,8 +33,26 @@ class Guard(ABC):
             conversations: Each ends with the turn that is judged, the user's or the assistant's.
 
         Raises:
-            ValueError: If a conversation cannot be judged. The message holds none of its text.
+            UnjudgeableError: If a conversation cannot be judged.
+            ValueError: If the guard cannot judge at all.
         """
+
+    def release(self) -> None:  # noqa: B027
+        """Free the memory that judging took; the next conversation loads the weights again."""
+
+
+class UnjudgeableError(ValueError):
+    """One of several conversations cannot be judged.
+
+    Args:
+        index: Which one of the list.
+        reason: Why, without any of its text.
+    """
+
+    def __init__(self, index: int, reason: str) -> None:
+        super().__init__(f"conversation {index}: {reason}")
+        self.index = index
+        self.reason = reason
 
 
 def shown(messages: Conversation, part: JudgedPart) -> Conversation:

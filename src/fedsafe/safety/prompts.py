@@ -9,11 +9,13 @@ turn is broken up by a space: it would end the turn and let the rest pass for th
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, cast
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from fedsafe.safety.guard import UnjudgeableError
 from fedsafe.safety.guard_format import GuardFormat, Question
 from fedsafe.types import Conversation, Role, Turn
 
@@ -110,8 +112,7 @@ class GuardPrompts:
             options: Template options beside those of the question, such as those of a risk.
 
         Raises:
-            ValueError: If a conversation cannot be judged. The message holds its index in the list
-                and none of its text.
+            UnjudgeableError: If a conversation cannot be judged.
         """
         if not conversations:  # a tokenizer does not take none
             return []
@@ -119,25 +120,28 @@ class GuardPrompts:
         assert all(each[-1]["role"] == role for each in conversations)
         question = self._format.question(role)
         shown = [self._shown(each) for each in conversations]
-        texts = [
-            self._text(each, question, options, place=f"conversation {index}: ")
-            for index, each in enumerate(shown)
-        ]
+        texts = []
+        for index, each in enumerate(shown):
+            with _naming(index):
+                texts.append(self._text(each, question, options))
         prompts = []
         for index, ids in enumerate(self._tokenize(texts, role)):
-            if len(ids) <= self._window:
-                prompts.append(GuardPrompt(ids, shortened=False))
-            elif self._too_long == "error":
-                raise ValueError(
-                    f"conversation {index} makes a prompt of {len(ids)} tokens, and the guard's "
-                    f"window is {self._window}; set too_long: head_and_tail to judge its beginning "
-                    "and end, or a larger window"
-                )
-            else:
-                place = f"conversation {index}: "
-                shortened = self._shorten(shown[index], role, options, place=place)
-                prompts.append(GuardPrompt(shortened, shortened=True))
+            with _naming(index):
+                prompts.append(self._fitted(ids, shown[index], role, options))
         return prompts
+
+    def _fitted(
+        self, ids: list[int], messages: Conversation, role: Role, options: Options
+    ) -> GuardPrompt:
+        """The prompt, shortened if it must be."""
+        if len(ids) <= self._window:
+            return GuardPrompt(ids, shortened=False)
+        if self._too_long == "error":
+            raise ValueError(
+                f"it makes a prompt of {len(ids)} tokens, and the guard's window is {self._window};"
+                " set too_long: head_and_tail to judge its beginning and end, or a larger window"
+            )
+        return GuardPrompt(self._shorten(messages, role, options), shortened=True)
 
     def _questions(self) -> dict[Role, Question]:
         asked: dict[Role, Question | None] = {
@@ -178,7 +182,6 @@ class GuardPrompts:
         options: Options,
         *,
         categories: Options | None = None,
-        place: str = "",
     ) -> str:
         """The prompt without the opening.
 
@@ -206,13 +209,13 @@ class GuardPrompts:
             # A template may put what it was given into its message, unless it is written there.
             reason = str(error) if str(error) in self._template else type(error).__name__
             raise ValueError(
-                f"{place}the template of {self._name()} refuses it: {reason}; show the guard "
+                f"the template of {self._name()} refuses it: {reason}; show the guard "
                 "conversations of a user and an assistant in turn, or take its own template"
             ) from None
         assert isinstance(text, str)
         if messages[-1]["content"].strip() not in text:
             raise ValueError(
-                f"{place}the template of {self._name()} leaves the judged turn out or changes it; "
+                f"the template of {self._name()} leaves the judged turn out or changes it; "
                 "a template that expects a list of parts renders plain text as nothing, and the "
                 f"other way round: the format {self._format.name} has `content: "
                 f"{self._format.content}`, try `content: "
@@ -236,21 +239,19 @@ class GuardPrompts:
         # Apart, as the guard writes it: together, its line ends would merge with the template's.
         return [ids + self._openings[role] for ids in encoded["input_ids"]]
 
-    def _shorten(
-        self, messages: Conversation, role: Role, options: Options, *, place: str
-    ) -> list[int]:
+    def _shorten(self, messages: Conversation, role: Role, options: Options) -> list[int]:
         """The prompt with as much of each turn's beginning and end as fits the window."""
         question = self._format.question(role)
 
         def ids_with(length: int) -> list[int]:
             cut = [Turn(role=t["role"], content=_cut(t["content"], length)) for t in messages]
-            (ids,) = self._tokenize([self._text(cut, question, options, place=place)], role)
+            (ids,) = self._tokenize([self._text(cut, question, options)], role)
             return ids
 
         best = ids_with(0)
         if len(best) > self._window:
             raise ValueError(
-                f"{place}its {len(messages)} turns make a prompt of {len(best)} tokens even "
+                f"its {len(messages)} turns make a prompt of {len(best)} tokens even "
                 f"without their text, and the guard's window is {self._window}; set a larger window"
             )
         fits, too_long = 0, max(len(turn["content"]) for turn in messages)
@@ -296,6 +297,15 @@ class GuardPrompts:
                     "leave the setting out, or take a guard whose template has the option"
                 )
             without = text
+
+
+@contextmanager
+def _naming(index: int) -> Iterator[None]:
+    """Say which conversation it is that something is wrong with."""
+    try:
+        yield
+    except ValueError as error:
+        raise UnjudgeableError(index, str(error)) from error.__cause__
 
 
 def label_ids(

@@ -9,6 +9,9 @@ from torch import Tensor
 class Scorer(ABC):
     """A loaded checkpoint that is asked prompts of token ids."""
 
+    exclusive: bool = True
+    """Whether one label excludes the others, so that their probabilities add up to at most 1."""
+
     @abstractmethod
     def label_probabilities(
         self, prompts: Sequence[Sequence[int]], label_ids: Sequence[int]

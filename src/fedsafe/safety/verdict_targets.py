@@ -13,7 +13,7 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from fedsafe.data.tokens import Encoder, encode_samples, tokenizer_key
-from fedsafe.safety.guard import shown
+from fedsafe.safety.guard import UnjudgeableError, shown
 from fedsafe.safety.guard_format import Categories, GuardFormat, Question, load_format
 from fedsafe.safety.prompts import GuardPrompts, answer_tokens, label_ids
 from fedsafe.types import JudgedPart, Label, Role, TokenizedConversation
@@ -116,8 +116,8 @@ class _Verdicts(Encoder):
             raise ValueError("has no turn of the user before the answer, so no prompt to judge")
         try:
             [prompt] = self._prompts.render([conversation], {})
-        except ValueError as error:
-            raise ValueError(str(error).removeprefix("conversation 0: ")) from error
+        except UnjudgeableError as error:
+            raise ValueError(error.reason) from error
         is_unsafe = sample["label"] == "unsafe"
         code = self._code(sample["category"]) if is_unsafe else None
         answer = self._answers[sample["label"], code]
