@@ -92,3 +92,14 @@ def test_filter_memory_accounts_for_every_row() -> None:
     assert isinstance(figures["rss_growth_mb"], float)
     assert figures["bad"] > 0
     assert figures["unaccounted"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+def test_kosbi_guard_is_measured_beside_a_simple_classifier(real_data: Path) -> None:
+    figures = last_line("kosbi_guard.py", "--data", str(real_data / "kosbi"))
+    assert figures["samples"] == {"train": 200, "measured": 100}
+    for judge in ("guard", "tfidf", "majority"):
+        assert figures[judge].keys() == {"accuracy", "f1", "auprc"}
+        assert all(0 <= value <= 1 for value in figures[judge].values())
+    assert figures["majority"]["accuracy"] == 0.46
