@@ -13,6 +13,10 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedsafe.cli import main
+from fedsafe.data.datamodule import FederatedDataModule
+from fedsafe.safety.filter import SafetyFilter
+from fedsafe.safety.guard_model import GuardModel
+from fedsafe.safety.verdict_targets import VerdictTargets
 
 CENTRAL = {"mode": "central", "clients_per_round": 4, "local_epochs": 1}
 FEDERATED = {"mode": "federated", "clients_per_round": 4, "local_epochs": 4}
@@ -138,3 +142,9 @@ def test_bad_targets_are_one_clear_line(
     lines = capsys.readouterr().err.splitlines()
     [line] = [line for line in lines if line.startswith("fedsafe fit: ")]
     assert message in line
+
+
+def test_a_guard_is_not_trained_on_filtered_conversations() -> None:
+    rule = SafetyFilter(GuardModel("plain"))
+    with pytest.raises(ValueError, match="give filter or verdict_targets, not both"):
+        FederatedDataModule("a.jsonl", filter=rule, verdict_targets=VerdictTargets("plain"))

@@ -17,6 +17,7 @@ from fedsafe.federated.client_drift import FedProx, Scaffold
 from fedsafe.federated.partition import IID, Dirichlet, Natural, Quantity
 from fedsafe.federated.server_optimizer import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi
 from fedsafe.safety.filter import SafetyFilter
+from fedsafe.safety.verdict_targets import VerdictTargets
 
 FUNCTIONS = ("filter", "measure", "table", "world", "generate", "export")
 
@@ -83,6 +84,7 @@ def test_an_option_without_words_is_found() -> None:
         *(FedAvg, FedAvgM, FedAdagrad, FedAdam, FedYogi),
         *(FedProx, Scaffold),
         RefusalProbe,
+        VerdictTargets,
         SafetyFilter,
     ],
 )
