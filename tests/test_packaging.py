@@ -25,11 +25,12 @@ def packaged(patterns: list[str]) -> set[Path]:
     return {file for folder in packages for each in patterns for file in folder.glob(each)}
 
 
-def imported() -> set[str]:
-    """Names of the distributions that some module imports."""
+def imported(*, at_once: bool = False) -> set[str]:
+    """Names of the distributions that some module imports; `at_once` leaves functions out."""
     names = set()
     for file in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
+        tree = ast.parse(file.read_text())
+        for node in tree.body if at_once else ast.walk(tree):
             if isinstance(node, ast.Import):
                 names |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
@@ -50,11 +51,17 @@ def patterns(setup_cfg: configparser.ConfigParser) -> list[str]:
     return setup_cfg["options.package_data"]["*"].split()
 
 
+def distributions(requirements: str) -> set[str]:
+    return set(re.findall(r"^[\w-]+", requirements, re.MULTILINE))
+
+
 def test_what_is_imported_is_required_and_pinned(setup_cfg: configparser.ConfigParser) -> None:
-    required = re.findall(r"^[\w-]+", setup_cfg["options"]["install_requires"], re.MULTILINE)
-    assert imported() <= set(required)
+    required = distributions(setup_cfg["options"]["install_requires"])
+    optional = distributions(setup_cfg["options.extras_require"]["vllm"])
+    assert imported(at_once=True) <= required
+    assert imported() <= required | optional
     pinned = re.findall(r"^([\w-]+)==", (REPOSITORY / "requirements.txt").read_text(), re.MULTILINE)
-    assert set(required) <= {name.lower() for name in pinned}
+    assert required <= {name.lower() for name in pinned}
 
 
 @pytest.mark.parametrize("file", DATA_FILES, ids=lambda file: file.name)
