@@ -16,6 +16,8 @@ NAMES = {
     "eval_harmful.jsonl": 150,
     "eval_benign.jsonl": 150,
     "eval_hhh.jsonl": 120,
+    "guard.jsonl": 1200,
+    "guard_test.jsonl": 600,
 }
 
 
@@ -39,10 +41,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_world_is_six_files_and_a_base(tmp_path: Path):
+def test_world_is_eight_files_refusals_and_a_base(tmp_path: Path):
     write_world(tmp_path / "world", num_clients=3, samples_per_client=8, seed=5)
     made = tmp_path / "world"
-    assert {path.name for path in made.iterdir()} == {*NAMES, "base"}
+    assert {path.name for path in made.iterdir()} == {*NAMES, "refusals.txt", "base"}
     assert {name: len(rows(made / name)) for name in NAMES} == NAMES
     assert rows(made / "clients.jsonl") == client_rows(num_clients=3, samples_per_client=8, seed=5)
     assert AutoModelForCausalLM.from_pretrained(made / "base").config.n_layer == 3

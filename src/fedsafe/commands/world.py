@@ -27,7 +27,7 @@ def world(
     samples_per_client: PositiveInt = 128,
     seed: NonNegativeInt = 0,
 ) -> None:
-    """Write the miniature: clients' conversations, prompts to evaluate with, and a tiny base model.
+    """Write the miniature: conversations of clients and for guards, prompts, a tiny base model.
 
     The first call pretrains the base, about a minute; later ones take it from the cache.
 
@@ -45,4 +45,4 @@ def world(
         samples_per_client=samples_per_client,
         seed=seed,
     )
-    print(f"wrote {output}: clients.jsonl, prompts to evaluate with, and base/")  # noqa: T201
+    print(f"wrote {output}: clients.jsonl, guard.jsonl, prompts to evaluate with, and base/")  # noqa: T201

@@ -12,10 +12,13 @@ from fedsafe.world.generator import (
     evaluation_sets,
     red_team_prompts,
 )
+from fedsafe.world.guard_sets import guard_rows, guard_test_rows, plain_refusals
 from fedsafe.world.pretraining import pretrained_base
 
 NUM_RED_TEAM = 48
 NUM_BENIGN = 48
+NUM_GUARD = 1200
+NUM_GUARD_TEST = 600
 
 
 def write_world(
@@ -28,8 +31,10 @@ def write_world(
     base_seed: int = 0,
     cache_dir: Path | None = None,
 ) -> None:
-    """Writes `clients.jsonl`, `red_team.jsonl`, `benign.jsonl`, three `eval_*.jsonl` and `base/`.
+    """Writes the data as JSON lines, `refusals.txt` and `base/`.
 
+    The data are `clients`, `red_team` and `benign`, three `eval_*`, and for guards `guard` and
+    `guard_test`. `refusals.txt` is for a filter that repairs samples: words that the base knows.
     Every file appears whole or not at all, and holds the same bytes for the same arguments.
 
     Args:
@@ -54,15 +59,19 @@ def write_world(
         "eval_harmful": sets.harmful,
         "eval_benign": sets.benign,
         "eval_hhh": sets.hhh,
+        "guard": guard_rows(num_rows=NUM_GUARD, seed=seed),
+        "guard_test": guard_test_rows(num_rows=NUM_GUARD_TEST, seed=seed),
     }
     output.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
-        _write_jsonl(output / f"{name}.jsonl", rows)
+        lines = (json.dumps(row, ensure_ascii=False) for row in rows)
+        _write_lines(output / f"{name}.jsonl", lines)
+    _write_lines(output / "refusals.txt", plain_refusals())
     _copy_directory(pretrained_base(cache_dir, seed=base_seed), output / "base")
 
 
-def _write_jsonl(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def _write_lines(path: Path, lines: Iterable[str]) -> None:
+    text = "".join(f"{line}\n" for line in lines)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as temporary:
         written = Path(temporary) / path.name
         written.write_bytes(text.encode("utf-8"))
