@@ -51,13 +51,14 @@ def be_quiet() -> None:
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama shape, with as many key/value heads as heads."""
+    """A Llama shape; with as many key/value heads as heads unless told otherwise."""
 
     hidden: int
     intermediate: int
     layers: int
     heads: int
     vocabulary: int
+    kv_heads: int | None = None
 
     def config(self) -> dict[str, Any]:
         """The values of transformers' `LlamaConfig`."""
@@ -66,7 +67,7 @@ class Shape:
             "intermediate_size": self.intermediate,
             "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads,
-            "num_key_value_heads": self.heads,
+            "num_key_value_heads": self.kv_heads or self.heads,
             "vocab_size": self.vocabulary,
             "pad_token_id": 0,
             "bos_token_id": 1,
