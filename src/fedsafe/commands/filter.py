@@ -4,7 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jsonargparse import auto_cli
@@ -18,7 +18,14 @@ from fedsafe.data.sources import Rejected
 from fedsafe.evaluation.guard_metrics import GuardMetrics
 from fedsafe.guard_report import filtered_table
 from fedsafe.safety.filter import Policy, SafetyFilter
-from fedsafe.safety.filter_file import FilteredRow, Outputs, count_rows, filtered, usable_rows
+from fedsafe.safety.filter_file import (
+    FilteredRow,
+    OnBadRow,
+    Outputs,
+    count_rows,
+    filtered,
+    usable_rows,
+)
 from fedsafe.safety.guard import Guard
 from fedsafe.types import JudgedPart
 
@@ -46,7 +53,7 @@ def filter(  # noqa: PLR0913
     refusals: str | None = None,
     max_unsafe_share: ClosedUnitInterval = 0.7,
     rejected: str | None = None,
-    on_bad_row: Literal["error", "skip"] = "skip",
+    on_bad_row: OnBadRow = "skip",
     overwrite: bool = False,
 ) -> None:
     """Judge each conversation of a file with a guard; write those that are kept.
@@ -80,7 +87,7 @@ def filter(  # noqa: PLR0913
     outputs = Outputs(Path(output), Path(rejected) if rejected is not None else None)
     outputs.check(Path(input), overwrite=overwrite)
     total = count_rows(input, on_bad_row=on_bad_row)
-    summary = _write_all(input, safety, outputs, total=total)
+    summary = _write_all(input, safety, outputs, total=total, on_bad_row=on_bad_row)
     console = Console()
     console.print(filtered_table(summary))
     console.print(f"wrote {', '.join(map(str, outputs.written()))}", soft_wrap=True)
@@ -135,13 +142,19 @@ class Tally:
 
 
 def _write_all(
-    source: str, safety: SafetyFilter, outputs: Outputs, *, total: int
+    source: str,
+    safety: SafetyFilter,
+    outputs: Outputs,
+    *,
+    total: int,
+    on_bad_row: OnBadRow,
 ) -> dict[str, Any]:
     """Write every file; returns the summary."""
     started = time.perf_counter()
     tally = Tally(safety.threshold)
+    rows = filtered(usable_rows(source), safety, on_bad_row=on_bad_row)
     with outputs.open():
-        for window in _progress(filtered(usable_rows(source), safety), safety, total):
+        for window in _progress(rows, safety, total):
             for row in window:
                 outputs.write(row)
             tally.add(window)

@@ -14,8 +14,10 @@ import datasets
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsafe.data.sources import place_of
 from fedsafe.federated.partition import Partition
 from fedsafe.safety.filter import Policy, SafetyFilter
+from fedsafe.safety.guard import UnjudgeableError
 from fedsafe.types import Verdict
 
 _CLIENTS_NAMED = 10
@@ -126,10 +128,18 @@ def filter_samples(
         seed: Decides, with each sample's content, which refusal it gets.
 
     Raises:
-        ValueError: If nearly everything is unsafe, or no client has a sample left.
+        ValueError: If nearly everything is unsafe, no client has a sample left, or a sample cannot
+            be judged.
     """
     judged = samples.select(tokens["sample"][:])
-    verdicts = rule.verdicts(judged["messages"])
+    try:
+        verdicts = rule.verdicts(judged["messages"])
+    except UnjudgeableError as error:
+        row = judged[error.index]
+        raise ValueError(
+            f"{place_of(row['source'], row['row'])}: the guard {rule.guard.name} cannot judge it: "
+            f"{error.reason}; take the row out of the data, or change the guard's settings"
+        ) from error
     is_unsafe = np.array([rule.is_unsafe(verdict) for verdict in verdicts])
     rule.check_share(int(is_unsafe.sum()), num_judged=len(verdicts))
     new = np.arange(len(verdicts))

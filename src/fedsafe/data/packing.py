@@ -106,19 +106,27 @@ def count_targets(store: TokenStore, index: int) -> int:
     return int(np.count_nonzero(store[index][1][1:]))
 
 
-def split_by_budget(lengths: NDArray[np.int32], *, max_tokens: int) -> list[list[int]]:
+def split_by_budget(
+    lengths: NDArray[np.int32], *, max_tokens: int, padded: bool = False
+) -> list[list[int]]:
     """Group samples, longest first, into groups of at most `max_tokens` tokens.
 
     A longer sample is a group of its own. Sorting puts samples of one length together, so that a
     group's cost is close to its number of tokens.
+
+    Args:
+        lengths: Tokens of each sample, shape ``(num_samples,)``.
+        max_tokens: Tokens of a group.
+        padded: Whether the samples of a group are padded to its longest, and the padding counts.
     """
     groups: list[list[int]] = []
-    room = 0
+    room = longest = 0
     for index in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[index])
-        if not groups or length > room:
+        if not groups or (longest if padded else length) > room:
             groups.append([])
             room = max_tokens
+            longest = length
         groups[-1].append(index)
-        room -= length
+        room -= longest if padded else length
     return groups

@@ -70,6 +70,23 @@ def packed_attention(
                 "leave the prefix uncached for this model"
             )
         return _attend_with_prefix(query, key, value, segment_lengths, scaling), None
+    attended = _attend_within(
+        query, key, value, segment_lengths, window=window, dropout=dropout, scaling=scaling
+    )
+    return attended, None
+
+
+def _attend_within(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segment_lengths: list[int],
+    *,
+    window: int | None,
+    dropout: float,
+    scaling: float | None,
+) -> Tensor:
+    """Attention of each segment to itself alone, shape ``(1, T, H, D)``."""
     grouped = key.shape[1] != query.shape[1]
     outputs = []
     for q, k, v in zip(
@@ -91,7 +108,7 @@ def packed_attention(
                 enable_gqa=grouped,
             )
         )
-    return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
+    return torch.cat(outputs, 2).transpose(1, 2).contiguous()
 
 
 def _attend_with_prefix(

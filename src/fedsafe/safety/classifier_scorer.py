@@ -5,6 +5,7 @@ Shapes: B prompts of a batch, T tokens of the longest, C classes.
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -14,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from fedsafe.data.packing import split_by_budget
 from fedsafe.data.tokenizer import load_tokenizer
 from fedsafe.safety.guard_format import Question
 from fedsafe.safety.scorer import Scorer
@@ -76,12 +78,9 @@ class ClassifierScorer(Scorer):
 
     def _groups(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         """Rows of prompts, longest first, in groups that fit the budget once they are padded."""
-        rows = sorted(range(len(prompts)), key=lambda row: len(prompts[row]), reverse=True)
-        while rows:
-            fitting = self._max_tokens // len(prompts[rows[0]])
-            size = max(1, fitting) if self._padding is not None else 1
-            yield rows[:size]
-            rows = rows[size:]
+        lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int32)
+        budget = self._max_tokens if self._padding is not None else 0  # 0: one at a time
+        yield from split_by_budget(lengths, max_tokens=budget, padded=True)
 
     def _pad(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Token ids padded on the right, and 1 where they are; shape ``(B, T)``."""

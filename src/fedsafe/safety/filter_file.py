@@ -19,8 +19,11 @@ from fedsafe.data.sources import (
     with_answer,
 )
 from fedsafe.safety.filter import SafetyFilter
+from fedsafe.safety.guard import UnjudgeableError
 from fedsafe.safety.score_cache import CHUNK_SIZE
 from fedsafe.types import Sample, Verdict
+
+OnBadRow = Literal["error", "skip"]
 
 _DIGITS = 6
 _SEED = 0
@@ -58,7 +61,7 @@ def usable_rows(name: str) -> Iterator[CheckedRow]:
             yield row
 
 
-def count_rows(name: str, *, on_bad_row: Literal["error", "skip"]) -> int:
+def count_rows(name: str, *, on_bad_row: OnBadRow) -> int:
     """Count a file's rows before any is judged.
 
     Raises:
@@ -77,20 +80,41 @@ def count_rows(name: str, *, on_bad_row: Literal["error", "skip"]) -> int:
 
 
 def filtered(
-    rows: Iterable[CheckedRow], safety: SafetyFilter
+    rows: Iterable[CheckedRow], safety: SafetyFilter, *, on_bad_row: OnBadRow
 ) -> Iterator[Sequence[FilteredRow | Rejected]]:
     """Judge rows, a window at a time; bad rows stay where they are between the others.
 
     A window is as much as the filter keeps on disk at once: what is killed loses one window.
+
+    Raises:
+        ValueError: If the guard cannot judge a row, and such rows are not to be skipped.
     """
     stream = iter(rows)
     while window := list(islice(stream, CHUNK_SIZE)):
-        good = [row.sample["messages"] for row in window if row.sample is not None]
-        verdicts = iter(safety.verdicts(good))
+        window, judged = _judge(window, safety, on_bad_row=on_bad_row)
+        verdicts = iter(judged)
         yield [
             row.rejected or _apply(row, safety, next(verdicts))  # in the order of the rows
             for row in window
         ]
+
+
+def _judge(
+    window: list[CheckedRow], safety: SafetyFilter, *, on_bad_row: OnBadRow
+) -> tuple[list[CheckedRow], list[Verdict]]:
+    """The rows, bad ones too where the guard cannot judge them, and the verdicts of the others."""
+    while True:
+        good = [place for place, row in enumerate(window) if row.sample is not None]
+        samples = [row.sample for row in window if row.sample is not None]
+        try:
+            return window, safety.verdicts([sample["messages"] for sample in samples])
+        except UnjudgeableError as error:
+            sample = samples[error.index]
+            bad = Rejected(sample["source"], sample["row"], f"cannot be judged: {error.reason}")
+            if on_bad_row == "error":
+                raise bad_rows_error([bad], total=len(window)) from error
+            window = list(window)
+            window[good[error.index]] = CheckedRow({}, None, bad)
 
 
 def _apply(row: CheckedRow, safety: SafetyFilter, verdict: Verdict) -> FilteredRow:

@@ -186,7 +186,9 @@ def _read_format(values: object, *, name: str, where: str) -> GuardFormat:
     given = _checked(GuardFormat, values, where=where, without="name")
     for role in ("user", "assistant"):
         if given.get(role) is not None:
-            given[role] = _read_question(given[role], where=f"{where}, {role}")
+            needs_safe = given.get("loader") != "classifier"
+            place = f"{where}, {role}"
+            given[role] = _read_question(given[role], where=place, needs_safe=needs_safe)
     if given.get("assistant") is not None and given["assistant"].empty_answer:
         raise ValueError(f"{where}, assistant: `empty_answer` is for a user's turn; leave it out")
     if given.get("categories") is not None:
@@ -199,9 +201,9 @@ def _read_format(values: object, *, name: str, where: str) -> GuardFormat:
     return format_
 
 
-def _read_question(values: object, *, where: str) -> Question:
+def _read_question(values: object, *, where: str, needs_safe: bool) -> Question:
     question = Question(**_checked(Question, values, where=where))
-    weights = _weights(question.labels, where=where)
+    weights = _weights(question.labels, where=where, needs_safe=needs_safe)
     if question.pattern is not None:
         _check_pattern(question.pattern, where=where)
     return Question(**{**vars(question), "labels": weights})
@@ -222,7 +224,7 @@ def _check_text(name: object, *, what: str) -> None:
         raise ValueError(f"{what} {name!r} is not text; put it in quotes")
 
 
-def _weights(labels: Mapping[Any, Any], *, where: str) -> dict[str, float]:
+def _weights(labels: Mapping[Any, Any], *, where: str, needs_safe: bool) -> dict[str, float]:
     if not labels:
         raise ValueError(f"{where} has no labels; write what the guard answers, such as safe: 0")
     for label, weight in labels.items():
@@ -232,7 +234,9 @@ def _weights(labels: Mapping[Any, Any], *, where: str) -> dict[str, float]:
                 f"{where}: the label {label!r} has weight {weight!r}; give its share of unsafe, "
                 "a number from 0 to 1"
             )
-    for extreme, meaning in ((0, "safe"), (1, "unsafe")):
+    # a classifier of several kinds of harm has no class for the absence of all
+    extremes = ((0, "safe"), (1, "unsafe")) if needs_safe else ((1, "unsafe"),)
+    for extreme, meaning in extremes:
         if extreme not in labels.values():
             raise ValueError(
                 f"{where} has no label with weight {extreme}, so nothing is {meaning}; its labels "

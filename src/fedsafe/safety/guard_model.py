@@ -227,8 +227,7 @@ class GuardModel(Guard):
         """Refuse what cannot be a verdict.
 
         Raises:
-            ValueError: If the weights give no numbers.
-            UnjudgeableError: If another token than a label is likely.
+            ValueError: If the weights give no numbers, or another token than a label is likely.
         """
         if not probabilities.isfinite().all():
             raise ValueError(
@@ -236,13 +235,11 @@ class GuardModel(Guard):
             )
         mass = probabilities.sum(1)
         if self._loaded.scorer.exclusive and (mass < self._min_label_mass).any():
-            index = int(mass.argmin())
-            raise UnjudgeableError(
-                index,
+            raise ValueError(
                 f"the labels {', '.join(map(repr, labels))} of {self._format.name} have a "
-                f"probability of {mass[index]:.3g} together where they are read, below "
+                f"probability of {mass.min():.3g} together where they are read, below "
                 f"min_label_mass {self._min_label_mass:g}; the checkpoint does not answer in this "
-                "format: check format, model and the tokenizer's chat template",
+                "format: check format, model and the tokenizer's chat template"
             )
 
     @property

@@ -1,17 +1,27 @@
 """A guard's checkpoint in memory, with all that its format says about asking it."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from fedsafe.data.tokenizer import load_tokenizer
+from fedsafe.model.adapter import read_adapter_config
 from fedsafe.safety.checkpoint import load_language_model
+from fedsafe.safety.classifier_scorer import (
+    ClassifierScorer,
+    class_ids,
+    load_classifier,
+    num_positions,
+)
 from fedsafe.safety.guard_format import GuardFormat, Question
 from fedsafe.safety.next_token import NextTokenScorer, common_prefix
 from fedsafe.safety.prompts import GuardPrompts, label_ids
 from fedsafe.safety.scorer import Scorer
+from fedsafe.safety.vllm_scorer import VllmScorer
 from fedsafe.types import Conversation, Role, Turn
 
 MAX_ANSWER_TOKENS = 64
@@ -54,29 +64,45 @@ def load_guard(  # noqa: PLR0913
     Raises:
         ValueError: If it cannot be loaded, or does not fit its format.
     """
-    on = _device(device)
-
-    def prompts_of(tokenizer: PreTrainedTokenizerBase, positions: int | None) -> GuardPrompts:
-        return GuardPrompts(
-            format_,
-            tokenizer,
-            window=_window(window, positions, room=_room(format_)),
-            too_long=too_long,
-            categories=categories,
-            excluded_categories=excluded_categories,
-        )
-
-    checkpoint = load_language_model(
-        model, loader=format_.loader, adapter=adapter, dtype=dtype, device=on
+    positions = partial(_window, window, room=_room(format_))
+    prompts = partial(
+        GuardPrompts,
+        format_,
+        too_long=too_long,
+        categories=categories,
+        excluded_categories=excluded_categories,
     )
-    prompts = prompts_of(checkpoint.tokenizer, checkpoint.num_positions)
+    if format_.loader == "classifier":
+        if adapter is not None or model is None:
+            raise ValueError(
+                f"a guard of the format {format_.name} is a classifier, which takes no adapter "
+                f"({adapter}); give its own checkpoint as model"
+            )
+        network, tokenizer = load_classifier(model, dtype=dtype, device=_device(device))
+        classes = {role: class_ids(question, network.config) for role, question in asked(format_)}
+        return LoadedGuard(
+            prompts(tokenizer, window=positions(num_positions(network))),
+            ClassifierScorer(network, max_tokens=max_batch_tokens),
+            classes,
+            [],
+        )
+    if backend == "vllm":
+        name = model or str(read_adapter_config(_known(adapter))["base_model_name_or_path"])
+        tokenizer = load_tokenizer(name)
+        length = positions(None) + _room(format_)
+        vllm = VllmScorer(name, adapter, dtype=dtype, max_length=length)
+        return _with_tokens(format_, prompts(tokenizer, window=positions(None)), vllm, tokenizer)
+    checkpoint = load_language_model(
+        model, loader=format_.loader, adapter=adapter, dtype=dtype, device=_device(device)
+    )
+    asking = prompts(checkpoint.tokenizer, window=positions(checkpoint.num_positions))
     scorer = NextTokenScorer(
         checkpoint.model,
         checkpoint.tokenizer,
-        prefixes=_policies(format_, prompts) if share_prefix else (),
+        prefixes=_policies(format_, asking) if share_prefix else (),
         max_tokens=max_batch_tokens,
     )
-    return _with_tokens(format_, prompts, scorer, checkpoint.tokenizer)
+    return _with_tokens(format_, asking, scorer, checkpoint.tokenizer)
 
 
 def asked(format_: GuardFormat) -> Iterator[tuple[Role, Question]]:
@@ -138,6 +164,11 @@ def _room(format_: GuardFormat) -> int:
     named = known.max_tokens + _SEPARATOR_TOKENS if known and not known.in_label else 0
     searched = any(question.pattern is not None for _, question in asked(format_))
     return 1 + max(named, MAX_ANSWER_TOKENS if searched else 0)
+
+
+def _known(adapter: Path | None) -> Path:
+    assert adapter is not None, "a guard has a model or an adapter that names one"
+    return adapter
 
 
 def _device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:

@@ -82,7 +82,8 @@ class NextTokenScorer(Scorer):
         for prefix, rows in self._by_prefix(prompts):
             rests = [prompts[row][len(prefix.ids) :] for row in rows]
             lengths = np.array([len(rest) for rest in rests], dtype=np.int32)
-            for group in split_by_budget(lengths, max_tokens=self._max_tokens):
+            padded = self._way is padded_logits
+            for group in split_by_budget(lengths, max_tokens=self._max_tokens, padded=padded):
                 logits_BV = self._way(self._model, prefix, [rests[i] for i in group])  # noqa: N806
                 labels = logits_BV.float().softmax(-1)[:, list(label_ids)]
                 probabilities[[rows[i] for i in group]] = labels.cpu()

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 
 from fedsafe.cache import cache_dir
-from fedsafe.safety.guard import Guard
+from fedsafe.safety.guard import Guard, UnjudgeableError
 from fedsafe.types import Conversation, Verdict
 
 CHUNK_SIZE = 512
@@ -59,6 +59,7 @@ class ScoreCache:
         `CHUNK_SIZE` that are kept as soon as they are judged.
 
         Raises:
+            UnjudgeableError: If a conversation cannot be judged; the chunks before it are kept.
             ValueError: If the guard's probability is none; it is not kept.
             OSError: If verdicts cannot be read or written.
         """
@@ -70,7 +71,11 @@ class ScoreCache:
                 if key not in known:
                     places.setdefault(key, place)
             for chunk in _in_chunks(list(places), title=f"Judging with {self._guard.name}"):
-                judged = self._guard.judge([conversations[places[key]] for key in chunk])
+                try:
+                    judged = self._guard.judge([conversations[places[key]] for key in chunk])
+                except UnjudgeableError as error:
+                    place = places[chunk[error.index]]
+                    raise UnjudgeableError(place, error.reason) from error
                 self._keep(database, chunk, judged)
                 # another process may have been first: all go by what is on disk
                 known |= self._find(database, chunk)
