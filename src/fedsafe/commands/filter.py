@@ -27,6 +27,7 @@ from fedsafe.safety.filter_file import (
     usable_rows,
 )
 from fedsafe.safety.guard import Guard
+from fedsafe.safety.guard_model import GuardModel  # noqa: F401  (configurations name it)
 from fedsafe.types import JudgedPart
 
 

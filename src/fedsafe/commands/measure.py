@@ -26,6 +26,7 @@ from fedsafe.guard_report import (
     guards_table,
 )
 from fedsafe.safety.guard import Guard
+from fedsafe.safety.guard_model import GuardModel  # noqa: F401  (configurations name it)
 from fedsafe.types import JudgedPart
 
 

@@ -22,6 +22,7 @@ from fedsafe.federated.round_log import RoundLog
 from fedsafe.federated.rounds import FederatedRounds
 from fedsafe.model.module import LoraLM
 from fedsafe.report import RunReport
+from fedsafe.safety.guard_model import GuardModel  # noqa: F401  (configurations name it)
 
 RUN_FILES = ("rounds.jsonl", "checkpoints", "adapter", "adapters")
 """What training leaves in a run directory; any of it says that a run has been here."""

@@ -304,6 +304,7 @@ class FederatedDataModule(LightningDataModule):
         )
         if len(self._validation) and not len(filtered.validation):
             warn("the safety filter leaves no sample for validation", stacklevel=2)
+        rule.guard.release()  # its weights are not needed beside the model's
         self._partition, self._validation = filtered.partition, filtered.validation
         self._filtered = filtered
         return filtered.tokens

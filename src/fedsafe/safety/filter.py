@@ -100,8 +100,7 @@ class SafetyFilter:
             f"({num_unsafe / num_judged:.0%}), more than max_unsafe_share {self.max_unsafe_share:g}"
             "; likely the checkpoint does not belong to the guard's format or has another chat "
             f"template, the threshold {self.threshold:g} is too low for it, or it does not know "
-            "the language. Look at its verdicts in filter.jsonl of a run with policy: keep, or "
-            "raise max_unsafe_share"
+            "the language. Look at its verdicts with policy: keep, or raise max_unsafe_share"
         )
 
 

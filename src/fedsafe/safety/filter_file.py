@@ -80,7 +80,7 @@ def count_rows(name: str, *, on_bad_row: OnBadRow) -> int:
 
 
 def filtered(
-    rows: Iterable[CheckedRow], safety: SafetyFilter, *, on_bad_row: OnBadRow
+    rows: Iterable[CheckedRow], safety: SafetyFilter, *, on_bad_row: OnBadRow = "skip"
 ) -> Iterator[Sequence[FilteredRow | Rejected]]:
     """Judge rows, a window at a time; bad rows stay where they are between the others.
 

@@ -9,6 +9,7 @@ Shapes: B prompts of a batch, T tokens, V tokens of the vocabulary.
 """
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
@@ -39,6 +40,8 @@ class Prefix(NamedTuple):
     ids: tuple[int, ...]
     cache: Any
     """Its keys and values; None without a prefix."""
+    reach: int = sys.maxsize
+    """Tokens up to which a prompt may go on from the cache: the smallest window of a layer."""
 
 
 _NO_PREFIX = Prefix((), None)
@@ -103,7 +106,8 @@ class NextTokenScorer(Scorer):
             rows = [
                 row
                 for row in left
-                if len(prompts[row]) > size and tuple(prompts[row][:size]) == prefix.ids
+                if size < len(prompts[row]) <= prefix.reach
+                and tuple(prompts[row][:size]) == prefix.ids
             ]
             if rows:
                 yield prefix, rows
@@ -123,23 +127,27 @@ def common_prefix(prompts: Prompts) -> list[int]:
 
 def packed_logits(model: Model, prefix: Prefix, prompts: Prompts) -> Tensor:
     """Prompts end to end in one row, each sees the prefix and itself."""
-    if prefix.cache is not None and any(layer.is_sliding for layer in prefix.cache.layers):
+    if model._is_stateful:
+        raise ValueError("a state is carried from each prompt to the next, whatever the attention")
+    if prefix.reach < sys.maxsize:
         raise ValueError("a cache with a sliding window drops the beginning of the prefix")
     lengths = [len(prompt) for prompt in prompts]
     begin = len(prefix.ids)
     ids = torch.tensor([token for prompt in prompts for token in prompt])
     positions = torch.cat([torch.arange(begin, begin + length) for length in lengths])
-    with _attention(model, PACKED):
-        output = model(
-            input_ids=ids[None].to(model.device),
-            position_ids=positions[None].to(model.device),
-            past_key_values=prefix.cache,
-            use_cache=prefix.cache is not None,
-            segment_lengths=lengths,
-            logits_to_keep=torch.tensor(lengths).cumsum(0).to(model.device) - 1,
-        )
-    if prefix.cache is not None:
-        prefix.cache.crop(-len(ids))
+    try:
+        with _attention(model, PACKED):
+            output = model(
+                input_ids=ids[None].to(model.device),
+                position_ids=positions[None].to(model.device),
+                past_key_values=prefix.cache,
+                use_cache=prefix.cache is not None,
+                segment_lengths=lengths,
+                logits_to_keep=torch.tensor(lengths).cumsum(0).to(model.device) - 1,
+            )
+    finally:  # after an error too, or the next prompts would see these
+        if prefix.cache is not None:
+            prefix.cache.crop(begin)
     logits: Tensor = output.logits[0]
     return logits
 
@@ -147,6 +155,8 @@ def packed_logits(model: Model, prefix: Prefix, prompts: Prompts) -> Tensor:
 def padded_logits(model: Model, prefix: Prefix, prompts: Prompts) -> Tensor:
     """Prompts in rows padded on the left, each with its copy of the prefix in front."""
     begin, longest = len(prefix.ids), max(len(prompt) for prompt in prompts)
+    if begin + longest > prefix.reach:
+        raise ValueError("a sliding window counts the padding between a prefix and its prompt")
     ids_BT = torch.zeros(len(prompts), longest, dtype=torch.long)  # noqa: N806
     mask_BT = torch.ones(len(prompts), begin + longest, dtype=torch.long)  # noqa: N806
     for row, prompt in enumerate(prompts):
@@ -177,7 +187,8 @@ def _read_prefix(model: Model, ids: tuple[int, ...]) -> Prefix:
             use_cache=True,
             logits_to_keep=1,
         )
-    return Prefix(ids, cache)
+    windows = [layer.sliding_window for layer in cache.layers if layer.is_sliding]
+    return Prefix(ids, cache, min(windows, default=sys.maxsize))
 
 
 @torch.no_grad()
@@ -185,6 +196,10 @@ def _find_way(model: Model) -> tuple[Way, bool]:
     """The fastest way whose logits are the model's own, and whether it can share a prefix."""
     plain = [_own_logits(model, [*_PROBE_PREFIX, *probe]) for probe in _PROBES]
     expected_BV = torch.cat(plain)  # noqa: N806
+    if not expected_BV.isfinite().all():
+        raise ValueError(
+            f"{type(model).__name__} computes NaN; try dtype float32, and check its weights"
+        )
     tolerance = 8 * torch.finfo(expected_BV.dtype).eps ** 0.75 * expected_BV.abs().max()
     for way in (packed_logits, padded_logits):
         for shares in (True, False):
@@ -217,6 +232,8 @@ def _own_logits(model: Model, ids: Sequence[int]) -> Tensor:
 def _attention(model: Any, name: str) -> Iterator[None]:
     before = model.config._attn_implementation
     model.set_attn_implementation(name)
+    if model.config._attn_implementation != name:  # some models only warn
+        raise ValueError(f"{type(model).__name__} has no attention but its own")
     try:
         yield
     finally:
