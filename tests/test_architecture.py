@@ -27,6 +27,7 @@ FLOORS = {
     "commands": 1,
     "__main__": 1,
     "table": 2,
+    "table_runs": 2,
     "report": 2,
     "guard_report": 2,
     "federated.rounds": 3,

@@ -8,11 +8,14 @@ from rich.table import Table
 
 from fedsafe.data.filtered import FilterReport, FilterRow
 from fedsafe.federated.partition import PartitionRow
+from fedsafe.guard_report import FIGURES, UNDEFINED
 from fedsafe.report import (
     MAX_CLIENT_ROWS,
     draw_rounds,
     draw_table,
+    filter_lines,
     filter_table,
+    guard_stages_table,
     partition_table,
     results_table,
     summary_table,
@@ -62,13 +65,13 @@ def test_the_results_fit_a_terminal_of_80_columns_uncut() -> None:
     summary = [
         summary_row("base", "none"),
         summary_row("fl_benign", "fedavg"),
-        summary_row("fl_filter", "fedadagrad"),
+        summary_row("fl_filter_leaky", "scaffold"),
     ]
     text = rendered(results_table(summary))
     assert "…" not in text
     for word in ("method", "refusal", "over", "hhh", "help", "old", "new", "sec"):
         assert word in text
-    for name in ("base", "fl_benign · fedavg", "fl_filter · fedadagrad"):
+    for name in ("base", "fl_benign · fedavg", "fl_filter_leaky · scaffold"):
         [line] = [line for line in text.splitlines() if name in line]
         assert line.count("100 ±12") == len(MEASURES)
         assert line.rstrip().endswith("123")
@@ -76,6 +79,26 @@ def test_the_results_fit_a_terminal_of_80_columns_uncut() -> None:
 
 def test_a_row_without_training_names_no_aggregation() -> None:
     assert "none" not in rendered(results_table([summary_row("base", "none")]))
+
+
+def test_a_line_tells_what_each_filter_did() -> None:
+    counts = {"judged": 973.0, "unsafe": 113.3, "dropped": 113.3, "harm": 192.3, "harm_left": 79.0}
+    dropped = summary_row("fl_filter", "fedavg") | {"filter": counts}
+    kept = summary_row("fl_refuse", "fedavg") | {"filter": counts | {"dropped": 0.0}}
+    assert filter_lines([summary_row("fl", "fedavg"), dropped, kept]) == [
+        "fl_filter · fedavg: 12% of the samples dropped; 79 of 192 harmful ones got through",
+        "fl_refuse · fedavg: 12% of the samples refused; 79 of 192 harmful ones got through",
+    ]
+
+
+def test_guards_are_shown_before_and_after_training_in_80_columns() -> None:
+    figures = dict.fromkeys((*FIGURES, "recall_taught", "recall_untaught"), 1.0)
+    before = {"name": "leaky", "stage": "before", **figures, "precision": None, "recall": 0.0}
+    text = rendered(guard_stages_table([before, {**before, "stage": "after", **figures}]))
+    assert "…" not in text
+    first, second = (line for line in text.splitlines() if "leaky" in line)
+    assert first.split()[1:5] == ["before", "100.0", UNDEFINED, "0.0"]
+    assert second.split()[1:] == ["after", *["100.0"] * (len(FIGURES) + 2)]
 
 
 def test_the_partition_names_clients_samples_and_harm() -> None:

@@ -4,17 +4,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedsafe import table
-from fedsafe.table import Row, run_table, summarise
+from fedsafe import table, table_runs
+from fedsafe.table import run_table, summarise
+from fedsafe.table_runs import Row, TableGuard
 
+GOOD = TableGuard("good", ("guard.yaml",))
 FL = Row("fl", "fedavg", ("tiny.yaml",))
 BENIGN = Row("fl_benign", "fedavg", ("tiny.yaml",), harm_share=0.0)
+FILTERED = Row("fl_filter", "fedavg", ("tiny.yaml",), guard="good")
 
 # Cells run in processes of their own, so what stands in for training and evaluation is a module
 # that those processes import in its place.
@@ -22,7 +26,7 @@ STAND_INS = '''
 import json, os, sys, time
 from pathlib import Path
 import yaml
-from fedsafe import table
+from fedsafe import table, table_runs
 
 def write_world(output, *, harm_share, seed):
     (output / "base").mkdir(parents=True)
@@ -33,8 +37,9 @@ def load_trained(adapter, *, base):
 def evaluate(model, tokenizer, *, seed):
     return {"refusal_rate": 50.0 + seed, "hhh_accuracy": 90.0, "help_rate": model["help"]}
 
-table.write_world, table.load_trained, table.evaluate = write_world, load_trained, evaluate
-table.load_base = table.load_tokenizer = lambda name: {"help": 10.0}
+table.write_world = write_world
+table_runs.load_trained, table_runs.evaluate = load_trained, evaluate
+table_runs.load_base = table_runs.load_tokenizer = lambda name: {"help": 10.0}
 
 def fit(arguments):
     """Writes an adapter; every start of a cell is a line in starts.txt beside the table."""
@@ -52,7 +57,7 @@ def fit(arguments):
 
 if __name__ == "__main__":
     import stand_ins
-    rows = [table.Row("base"), table.Row("fl", "fedavg", ("tiny.yaml",))]
+    rows = [table_runs.Row("base"), table_runs.Row("fl", "fedavg", ("tiny.yaml",))]
     done = table.run_table(rows, seeds=[0, 1], output=Path("out"), fit=stand_ins.fit, num_workers=1)
     sys.exit(len(done["failed"]))
 '''
@@ -63,6 +68,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "stand_ins.py").write_text(STAND_INS)
     (tmp_path / "tiny.yaml").write_text("rounds: 1\n")
+    (tmp_path / "guard.yaml").write_text("rounds: 3\n")
     return tmp_path
 
 
@@ -106,7 +112,7 @@ def test_a_killed_table_goes_on_where_it_stopped(folder: Path) -> None:
         "fl-fedavg-seed1 resumed",
     ]
     done = written(folder)
-    assert done.keys() == {"rows", "summary", "failed"}
+    assert done.keys() == {"rows", "summary", "guards", "failed"}
     cells = [(row["method"], row["aggregation"], row["seed"]) for row in done["rows"]]
     assert cells == [
         ("base", "none", 0),
@@ -122,122 +128,121 @@ def test_a_killed_table_goes_on_where_it_stopped(folder: Path) -> None:
     assert done["rows"][2].keys() == {"method", "aggregation", "seed", "metrics", "seconds"}
 
 
-def cell_of(folder: Path, row: Row = FL, seed: int = 0) -> table.Cell:
-    cell = table._cell(row, seed, folder / "out")
-    (cell.world / "base").mkdir(parents=True, exist_ok=True)
-    return cell
-
-
 @pytest.fixture
-def fits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The arguments of each fit that a cell ran in this process."""
-    calls: list[list[str]] = []
-    monkeypatch.setattr(table, "load_trained", lambda *args, **kwargs: (None, None))
-    monkeypatch.setattr(table, "evaluate", lambda *args, **kwargs: {"help_rate": 1.0})
-    return calls
+def outcomes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the runs find, by their folders, in place of running them; an error is raised.
 
+    Runs go one at a time, in this process; `started` holds the names of their folders.
+    """
+    found: dict[str, Any] = {"started": []}
 
-def run_cell(cell: table.Cell, fits: list[list[str]]) -> dict[str, Any]:
-    def fit(arguments: list[str]) -> None:
-        fits.append(arguments)
-        (cell.folder / "fit").mkdir(parents=True)
+    def run(one: table_runs.Cell | table_runs.GuardRun, fit: object) -> Any:
+        found["started"].append(one.folder.name)
+        outcome = found.get(one.folder.name)
+        if isinstance(outcome, Exception):
+            raise outcome
+        if isinstance(one, table_runs.GuardRun):
+            return {"stages": [{"name": one.guard.name, "stage": "after"}], "seconds": 1.0}
+        return outcome or result(one.row.method, one.seed, 1.0)
 
-    return table._run_cell(cell, fit)
-
-
-def test_a_finished_cell_is_not_run_again(folder: Path, fits: list[list[str]]) -> None:
-    first = run_cell(cell_of(folder), fits)
-    assert run_cell(cell_of(folder), fits) == first
-    assert len(fits) == 1
-
-
-def test_a_failed_cell_does_not_lose_the_others_and_is_run_again(
-    folder: Path, fits: list[list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.setattr(
-        table, "ProcessPoolExecutor", lambda count, mp_context: ThreadPoolExecutor(count)
+        table, "ProcessPoolExecutor", lambda count, mp_context: ThreadPoolExecutor(1)
     )
-    for seed in (0, 1):
-        cell_of(folder, seed=seed)
-    broken = True
+    monkeypatch.setattr(table, "run_cell", run)
+    monkeypatch.setattr(table, "run_guard", run)
+    monkeypatch.setattr(
+        table, "write_world", lambda output, **_: (output / "base").mkdir(parents=True)
+    )
+    return found
 
-    def fit(arguments: list[str]) -> None:
-        if broken and "seed0" in arguments[-1]:
-            raise ValueError("every client of round 1 fails")
-        fits.append(arguments)
 
-    def run() -> dict[str, Any]:
-        return run_table([FL], seeds=[0, 1], output=folder / "out", fit=fit, num_workers=1)
+def tabulate(folder: Path, *rows: Row, seeds: Sequence[int] = (0, 1)) -> dict[str, Any]:
+    output = folder / "out"
+    output.mkdir(exist_ok=True)
+    return run_table(rows, seeds=seeds, output=output, fit=print, num_workers=2, guards=[GOOD])
 
-    done = run()
+
+def test_a_failed_cell_does_not_lose_the_others(folder: Path, outcomes: dict[str, Any]) -> None:
+    outcomes["fl-fedavg-seed0"] = ValueError("every client of round 1 fails")
+    done = tabulate(folder, FL)
     assert done["failed"] == [
         {"run": "fl-fedavg-seed0", "error": "ValueError: every client of round 1 fails"}
     ]
     assert [row["seed"] for row in done["rows"]] == [1]
     assert written(folder) == done
 
-    broken = False
-    done = run()
-    assert done["failed"] == []
-    assert [row["seed"] for row in done["rows"]] == [0, 1]
-    assert len(fits) == 2
+
+def test_a_guard_is_trained_once_and_before_the_cells_that_need_it(
+    folder: Path, outcomes: dict[str, Any]
+) -> None:
+    done = tabulate(folder, FILTERED, FL)
+    assert outcomes["started"][0] == "guard-good"
+    assert outcomes["started"].count("guard-good") == 1
+    assert len(outcomes["started"]) == 5
+    assert done["guards"] == [{"name": "good", "stage": "after"}]
+    assert [(row["method"], row["seed"]) for row in done["rows"]] == [
+        ("fl_filter", 0),
+        ("fl_filter", 1),
+        ("fl", 0),
+        ("fl", 1),
+    ]
+    assert written(folder) == done
+
+
+def test_a_failed_guard_fails_the_rows_that_need_it_and_no_others(
+    folder: Path, outcomes: dict[str, Any]
+) -> None:
+    outcomes["guard-good"] = ValueError("no rows")
+    done = tabulate(folder, FILTERED, FL)
+    assert done["failed"] == [
+        {"run": "guard-good", "error": "ValueError: no rows"},
+        {"run": "fl_filter-fedavg-seed0", "error": "guard-good failed"},
+        {"run": "fl_filter-fedavg-seed1", "error": "guard-good failed"},
+    ]
+    assert (done["guards"], [row["method"] for row in done["rows"]]) == ([], ["fl", "fl"])
+    assert "fl_filter-fedavg-seed0" not in outcomes["started"]
+
+
+def test_a_guard_that_nothing_names_is_measured_too(folder: Path, outcomes: dict[str, Any]) -> None:
+    assert tabulate(folder, FL)["guards"] == [{"name": "good", "stage": "after"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "guards", "message"),
+    [
+        pytest.param(
+            FILTERED, [], "row fl_filter names the guard 'good', and .* are none; add it", id="none"
+        ),
+        pytest.param(
+            FILTERED,
+            [TableGuard("leaky", ())],
+            "names the guard 'good', and the table's guards are leaky; add it to guards",
+            id="other",
+        ),
+        pytest.param(
+            Row("base", guard="good"), [GOOD], "row base trains nothing, so its guard", id="base"
+        ),
+        pytest.param(FL, [GOOD, GOOD], "guards are called good, good; give each", id="twice"),
+    ],
+)
+def test_a_guard_that_is_missing_or_of_no_use_is_an_error(
+    row: Row, guards: list[TableGuard], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_table([row], seeds=[0], output=tmp_path, fit=print, num_workers=1, guards=guards)
 
 
 def test_a_cell_whose_arguments_are_wrong_points_to_its_log() -> None:
     future: Future[dict[str, Any]] = Future()
     future.set_exception(SystemExit(2))
-    assert table._outcome(future) == "its configuration is wrong, see log.txt"
+    assert table._error(future) == "its configuration is wrong, see log.txt"
 
 
 def test_an_interrupt_in_a_cell_ends_the_table() -> None:
     future: Future[dict[str, Any]] = Future()
     future.set_exception(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        table._outcome(future)
-
-
-def test_what_a_cell_prints_goes_to_its_log(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    with table._output_to(tmp_path / "log.txt"):
-        os.write(1, b"a line\n")
-        os.write(2, b"a warning\n")
-    os.write(1, b"after\n")
-    assert (tmp_path / "log.txt").read_text() == "a line\na warning\n"
-    assert capfd.readouterr() == ("after\n", "")
-
-
-@pytest.mark.parametrize("change", ["config", "row", "version"])
-def test_a_cell_of_other_settings_is_run_anew_and_not_resumed(
-    folder: Path, fits: list[list[str]], monkeypatch: pytest.MonkeyPatch, change: str
-) -> None:
-    run_cell(cell_of(folder), fits)
-    row = FL
-    if change == "config":
-        (folder / "tiny.yaml").write_text("rounds: 2\n")
-    elif change == "row":
-        row = Row("fl", "fedavg", ("tiny.yaml",), harm_share=0.4)
-    else:
-        monkeypatch.setattr(table, "__version__", "99")
-    run_cell(cell_of(folder, row), fits)
-    assert len(fits) == 2
-    assert "--ckpt_path" not in fits[1]
-
-
-def test_a_half_done_cell_of_other_settings_is_not_resumed(
-    folder: Path, fits: list[list[str]]
-) -> None:
-    cell = cell_of(folder)
-
-    def killed(arguments: list[str]) -> None:
-        (cell.folder / "fit").mkdir(parents=True)
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        table._run_cell(cell, killed)
-    (folder / "tiny.yaml").write_text("rounds: 2\n")
-    run_cell(cell, fits)
-    assert "--ckpt_path" not in fits[0]
+        table._error(future)
 
 
 def test_rows_that_share_a_run_are_an_error(tmp_path: Path) -> None:
@@ -253,7 +258,7 @@ def test_a_table_of_nothing_is_an_error(rows: list[Row], seeds: list[int], tmp_p
 
 def test_worlds_are_shared_by_rows_of_the_same_harm(tmp_path: Path) -> None:
     scaffold = Row("fl", "scaffold", ("tiny.yaml",))
-    worlds = [table._cell(row, 0, tmp_path).world for row in (FL, scaffold, BENIGN)]
+    worlds = [table._cell(row, 0, tmp_path, {}).world for row in (FL, scaffold, BENIGN)]
     assert worlds[0] == worlds[1] != worlds[2]
 
 
@@ -273,3 +278,13 @@ def test_the_summary_is_the_mean_and_the_standard_deviation_over_seeds() -> None
     assert first["metrics"]["help_rate"]["spread"] == pytest.approx(8**0.5)
     assert (first["num_seeds"], first["seconds"]) == (2, 2.0)
     assert second["metrics"]["help_rate"] == {"mean": 5, "spread": 0}
+
+
+def test_the_summary_has_the_filters_mean_counts_where_there_is_a_filter() -> None:
+    filtered = [
+        {**result("fl_filter", seed, 1), "filter": {"dropped": 10 + seed, "harm_left": 0}}
+        for seed in (0, 1)
+    ]
+    first, second = summarise([*filtered, result("fl", 0, 1)])
+    assert first["filter"] == {"dropped": 10.5, "harm_left": 0}
+    assert "filter" not in second

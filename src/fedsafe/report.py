@@ -15,6 +15,7 @@ from fedsafe.data.filtered import FilterReport, FilterRow
 from fedsafe.federated.csv_logger import RoundCSVLogger
 from fedsafe.federated.partition import PartitionRow
 from fedsafe.federated.round_log import RoundLog
+from fedsafe.guard_report import FIGURES, UNDEFINED
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt  # the backend is chosen before pyplot loads
@@ -172,6 +173,33 @@ def results_table(summary: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+def filter_lines(summary: Sequence[dict[str, Any]]) -> list[str]:
+    """What the filter of each row did to the clients' samples, on average."""
+    lines = []
+    for row in summary:
+        if (counts := row.get("filter")) is not None:
+            share = counts["unsafe"] / counts["judged"]
+            deed = "dropped" if counts["dropped"] else "refused"
+            left = f"{counts['harm_left']:,.0f} of {counts['harm']:,.0f} harmful ones got through"
+            lines.append(f"{_name_of(row)}: {share:.0%} of the samples {deed}; {left}")
+    return lines
+
+
+def guard_stages_table(stages: Sequence[dict[str, Any]]) -> Table:
+    """Guards before and after training, in percent."""
+    table = Table(title="Guards, percent", title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    for heading in ("guard", "trained"):
+        table.add_column(f"{heading} ", no_wrap=True)
+    headings = {**FIGURES, "recall_taught": "taught\nharm", "recall_untaught": "other\nharm"}
+    for heading in headings.values():
+        table.add_column(heading, justify="right", no_wrap=True)
+    for stage in stages:
+        cells = (stage[name] for name in headings)
+        shown = (UNDEFINED if cell is None else f"{100 * cell:.1f}" for cell in cells)
+        table.add_row(stage["name"], stage["stage"], *shown)
+    return table
+
+
 def _heading(measure: str) -> str:
     """`help_rate_old` becomes `help` above `old`: six measures must fit into 80 columns."""
     return "\n".join(word for word in measure.split("_") if word not in ("rate", "accuracy"))
@@ -184,7 +212,7 @@ def _name_of(row: dict[str, Any]) -> str:
 
 def draw_table(summary: Sequence[dict[str, Any]], file: Path) -> None:
     """Safety and help of each method, side by side; a PNG."""
-    figure, panel = plt.subplots(figsize=(8, 3.6))
+    figure, panel = plt.subplots(figsize=(max(8, 1.2 * len(summary)), 3.6))
     labels = [_name_of(row).replace(" · ", "\n") for row in summary]
     measures = {"refusal_rate": "harmful requests refused", "help_rate": "benign requests helped"}
     for offset, (name, label) in enumerate(measures.items()):

@@ -10,8 +10,9 @@ from rich.console import Console
 from fedsafe.commands import training
 from fedsafe.commands.noise import quiet_known_noise
 from fedsafe.commands.parsing import CommandParser
-from fedsafe.report import draw_table, results_table
-from fedsafe.table import Row, run_table
+from fedsafe.report import draw_table, filter_lines, guard_stages_table, results_table
+from fedsafe.table import run_table
+from fedsafe.table_runs import Row, TableGuard
 
 
 def run(name: str, arguments: list[str]) -> None:
@@ -25,16 +26,24 @@ def run(name: str, arguments: list[str]) -> None:
     )
 
 
-def table(output: str, rows: list[Row], seeds: list[int], num_workers: int | None = None) -> None:
+def table(
+    output: str,
+    rows: list[Row],
+    seeds: list[int],
+    guards: list[TableGuard] | None = None,
+    num_workers: int | None = None,
+) -> None:
     """Run every method at every seed; print their table and write `table.json` and `table.png`.
 
-    Rows that are there already, under the same settings, are not run again. A run that fails does
-    not stop the others.
+    Runs that are there already, under the same settings, are not run again. A run that fails does
+    not stop the others, but for a guard those that need it.
 
     Args:
         output: Directory for the table, its runs and the miniature's data.
-        rows: The methods: name, aggregation, configuration files and harmful share of each.
+        rows: The methods: name, aggregation, configuration files, harmful share and guard of each.
         seeds: Seeds of the data, of training and of evaluation.
+        guards: Guards for the rows to filter with: name and configuration files of each. Each is
+            trained once, with the first seed, and measured before and after.
         num_workers: Runs at a time, a thread each; the default is the number of cores.
     """
     quiet_known_noise()
@@ -45,16 +54,23 @@ def table(output: str, rows: list[Row], seeds: list[int], num_workers: int | Non
     kept = len(list(folder.glob("runs/*/result.json")))
     if kept:
         console.print(f"{kept} runs kept from before; delete {folder}/runs to run them again")
-    results = run_table(rows, seeds=seeds, output=folder, fit=fit, num_workers=workers)
+    results = run_table(
+        rows, seeds=seeds, output=folder, fit=fit, num_workers=workers, guards=guards or ()
+    )
+    if results["guards"]:
+        console.print(guard_stages_table(results["guards"]))
     if results["summary"]:
         draw_table(results["summary"], folder / "table.png")
         console.print(results_table(results["summary"]))
+        for line in filter_lines(results["summary"]):
+            console.print(line, soft_wrap=True)
         wrote = f"wrote {folder}/table.json, {folder}/table.png and {folder}/runs/"
         console.print(wrote, soft_wrap=True)
     if results["failed"]:
-        names = "\n".join(f"  {cell['run']}: {cell['error']}" for cell in results["failed"])
+        names = "\n".join(f"  {run['run']}: {run['error']}" for run in results["failed"])
+        total = len(rows) * len(seeds) + len(guards or ())
         raise ValueError(
-            f"{len(results['failed'])} of {len(rows) * len(seeds)} runs failed:\n{names}\n"
+            f"{len(results['failed'])} of {total} runs failed:\n{names}\n"
             "Each run's folder holds its log.txt; the same command runs only what is missing."
         )
 
