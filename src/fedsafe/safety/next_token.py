@@ -147,7 +147,7 @@ def packed_logits(model: Model, prefix: Prefix, prompts: Prompts) -> Tensor:
             )
     finally:  # after an error too, or the next prompts would see these
         if prefix.cache is not None:
-            prefix.cache.crop(begin)
+            _crop(prefix.cache, begin)
     logits: Tensor = output.logits[0]
     return logits
 
@@ -187,8 +187,15 @@ def _read_prefix(model: Model, ids: tuple[int, ...]) -> Prefix:
             use_cache=True,
             logits_to_keep=1,
         )
-    windows = [layer.sliding_window for layer in cache.layers if layer.is_sliding]
+    layers: list[Any] = [layer for layer in cache.layers if getattr(layer, "is_sliding", False)]
+    windows = [layer.sliding_window for layer in layers]
     return Prefix(ids, cache, min(windows, default=sys.maxsize))
+
+
+def _crop(cache: Any, length: int) -> None:
+    """Leave the first `length` tokens in every layer."""
+    for layer in cache.layers:
+        layer.crop(min(0, length - layer.get_seq_length()))
 
 
 @torch.no_grad()
