@@ -28,8 +28,7 @@ def load_trained(
     Raises:
         ValueError: If the folder holds no adapter, or the base is not to be found.
     """
-    config = read_adapter_config(adapter)
-    name = base or _base_of(adapter, str(config["base_model_name_or_path"]))
+    name = base or base_of(adapter)
     try:
         model = load_base(name, dtype=dtype)
     except ValueError as error:
@@ -67,7 +66,12 @@ def _part_output_layer(model: PeftModel) -> None:
         base.config.tie_word_embeddings = False
 
 
-def _base_of(adapter: Path, name: str) -> str:
-    """The base's name, or its folder where the run directory was moved with it."""
+def base_of(adapter: Path) -> str:
+    """Name of an adapter's base, or its folder where the run directory was moved with it.
+
+    Raises:
+        ValueError: If the folder holds no adapter.
+    """
+    name = str(read_adapter_config(adapter)["base_model_name_or_path"])
     beside = adapter.resolve().parent / Path(name).name
     return str(beside) if not Path(name).exists() and beside.is_dir() else name

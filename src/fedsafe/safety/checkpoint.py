@@ -16,10 +16,10 @@ from transformers import (
 from fedsafe.data.tokenizer import load_tokenizer
 from fedsafe.model.generation import Model
 from fedsafe.model.lora import load_base
-from fedsafe.model.pretrained import load_trained, merge_adapter
+from fedsafe.model.pretrained import base_of, load_trained, merge_adapter
 from fedsafe.safety.guard_format import Loader
 
-_WEIGHTS_AND_WORDS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+_WEIGHTS_AND_WORDS = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.txt")
 _DIGEST_SIZE = 16
 
 
@@ -84,21 +84,22 @@ def checkpoint_digest(name: str | None, adapter: Path | None) -> str:
     """Digest of a checkpoint's weights and tokenizer, without loading it.
 
     A folder counts by the bytes of its files, so that a checkpoint trained anew in the same place
-    is another one; a hub name counts by its commit.
+    is another one; a hub name counts by its commit. Without a name, the adapter's base counts too.
 
     Raises:
         ValueError: If the checkpoint is not to be found.
     """
     parts = []
-    if name is not None:
-        folder = Path(name)
-        parts.append(_files_digest(folder) if folder.is_dir() else f"{name} {_commit(name)}")
     if adapter is not None:
         if not (adapter / "adapter_config.json").is_file():
             raise ValueError(
                 f"there is no adapter in {adapter}; give the adapter/ of a run directory"
             )
         parts.append(_files_digest(adapter))
+        name = name or base_of(adapter)
+    assert name is not None
+    folder = Path(name)
+    parts.append(_files_digest(folder) if folder.is_dir() else f"{name} {_commit(name)}")
     return " ".join(parts)
 
 

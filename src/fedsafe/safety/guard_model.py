@@ -179,7 +179,7 @@ class GuardModel(Guard):
         weighted = found.double() * weights
         unsafe = weighted.sum(1) if scorer.exclusive else weighted.amax(1)
         likeliest = [list(label_ids)[index] for index in weighted.argmax(1).tolist()]
-        codes = self._codes(prompts, unsafe.tolist(), likeliest, label_ids)
+        codes = self._codes(role, prompts, unsafe.tolist(), likeliest)
         return [
             Verdict(min(1.0, p), named, self._name, prompt.shortened)
             for p, named, prompt in zip(unsafe.tolist(), codes, prompts, strict=True)
@@ -187,10 +187,10 @@ class GuardModel(Guard):
 
     def _codes(
         self,
+        role: Role,
         prompts: Sequence[GuardPrompt],
         unsafe: Sequence[float],
         labels: Sequence[str],
-        label_ids: Mapping[str, int],
     ) -> list[tuple[str, ...]]:
         """The kinds of harm in the flagged conversations, none in the others."""
         codes: list[tuple[str, ...]] = [()] * len(prompts)
@@ -201,8 +201,8 @@ class GuardModel(Guard):
         if known.in_label:
             texts = [labels[row] for row in flagged]
         else:
-            separator = self._loaded.separator_ids
-            begun = [[*prompts[row].ids, label_ids[labels[row]], *separator] for row in flagged]
+            begun_ids = self._loaded.begun_ids[role]
+            begun = [[*prompts[row].ids, *begun_ids[labels[row]]] for row in flagged]
             texts = self._loaded.scorer.answers(begun, max_new_tokens=known.max_tokens)
         for row, text in zip(flagged, texts, strict=True):
             codes[row] = parse_codes(known, text)
@@ -212,14 +212,15 @@ class GuardModel(Guard):
         """Verdicts from what the guard writes, for one whose label does not come first."""
         ids = [prompt.ids for prompt in prompts]
         texts = self._loaded.scorer.answers(ids, max_new_tokens=MAX_ANSWER_TOKENS)
-        known, verdicts = self._known_categories, []
+        known = self._known_categories if self._name_categories else None
+        verdicts = []
         for index, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
             try:
                 answer = parse_answer(question, text)
             except ValueError as error:
                 raise UnjudgeableError(index, str(error)) from error
-            named = parse_codes(known, answer.categories) if known is not None else ()
-            unsafe = float(question.labels[answer.label])
+            unsafe = question.labels[answer.label]
+            named = parse_codes(known, answer.categories) if known and unsafe >= FLAGGED else ()
             verdicts.append(Verdict(unsafe, named, self._name, prompt.shortened))
         return verdicts
 

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fedsafe.data.tokenizer import load_tokenizer
-from fedsafe.model.adapter import read_adapter_config
+from fedsafe.model.pretrained import base_of
 from fedsafe.safety.checkpoint import load_language_model
 from fedsafe.safety.classifier_scorer import (
     ClassifierScorer,
@@ -19,7 +19,7 @@ from fedsafe.safety.classifier_scorer import (
 )
 from fedsafe.safety.guard_format import GuardFormat, Question
 from fedsafe.safety.next_token import NextTokenScorer, common_prefix
-from fedsafe.safety.prompts import GuardPrompts, label_ids
+from fedsafe.safety.prompts import GuardPrompts, answer_tokens, label_ids
 from fedsafe.safety.scorer import Scorer
 from fedsafe.safety.vllm_scorer import VllmScorer
 from fedsafe.types import Conversation, Role, Turn
@@ -40,8 +40,8 @@ class LoadedGuard(NamedTuple):
     scorer: Scorer
     label_ids: dict[Role, dict[str, int]]
     """Token (or class) of each label, for each question that is answered by one."""
-    separator_ids: list[int]
-    """What stands between the label and the kinds of harm."""
+    begun_ids: dict[Role, dict[str, list[int]]]
+    """What stands before the kinds of harm: the whole label and the separator, as token ids."""
 
 
 def load_guard(  # noqa: PLR0913
@@ -73,6 +73,11 @@ def load_guard(  # noqa: PLR0913
         excluded_categories=excluded_categories,
     )
     if format_.loader == "classifier":
+        if backend == "vllm":
+            raise ValueError(
+                f"a guard of the format {format_.name} is a classifier, which vLLM does not "
+                "run here; set backend: transformers"
+            )
         if adapter is not None or model is None:
             raise ValueError(
                 f"a guard of the format {format_.name} is a classifier, which takes no adapter "
@@ -84,10 +89,10 @@ def load_guard(  # noqa: PLR0913
             prompts(tokenizer, window=positions(num_positions(network))),
             ClassifierScorer(network, max_tokens=max_batch_tokens),
             classes,
-            [],
+            {},
         )
     if backend == "vllm":
-        name = model or str(read_adapter_config(_known(adapter))["base_model_name_or_path"])
+        name = model or base_of(_known(adapter))
         tokenizer = load_tokenizer(name)
         length = positions(None) + _room(format_)
         vllm = VllmScorer(name, adapter, dtype=dtype, max_length=length)
@@ -119,14 +124,18 @@ def _with_tokens(
     scorer: Scorer,
     tokenizer: PreTrainedTokenizerBase,
 ) -> LoadedGuard:
-    labels = {
-        role: label_ids(format_, question, tokenizer)
-        for role, question in asked(format_)
-        if question.pattern is None
-    }
+    labelled = {role: each for role, each in asked(format_) if each.pattern is None}
+    labels = {role: label_ids(format_, each, tokenizer) for role, each in labelled.items()}
     separator = format_.categories.separator if format_.categories is not None else ""
     ids = tokenizer(separator, add_special_tokens=False)["input_ids"] if separator else []
-    return LoadedGuard(prompts, scorer, labels, list(ids))
+    begun = {
+        role: {
+            label: [*tokens, *ids]
+            for label, tokens in answer_tokens(each, tokenizer).labels.items()
+        }
+        for role, each in labelled.items()
+    }
+    return LoadedGuard(prompts, scorer, labels, begun)
 
 
 def _policies(format_: GuardFormat, prompts: GuardPrompts) -> list[list[int]]:
