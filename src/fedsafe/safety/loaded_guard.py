@@ -73,17 +73,8 @@ def load_guard(  # noqa: PLR0913
         excluded_categories=excluded_categories,
     )
     if format_.loader == "classifier":
-        if backend == "vllm":
-            raise ValueError(
-                f"a guard of the format {format_.name} is a classifier, which vLLM does not "
-                "run here; set backend: transformers"
-            )
-        if adapter is not None or model is None:
-            raise ValueError(
-                f"a guard of the format {format_.name} is a classifier, which takes no adapter "
-                f"({adapter}); give its own checkpoint as model"
-            )
-        network, tokenizer = load_classifier(model, dtype=dtype, device=_device(device))
+        name = _classifier_name(format_, model, adapter=adapter, backend=backend)
+        network, tokenizer = load_classifier(name, dtype=dtype, device=_device(device))
         classes = {role: class_ids(question, network.config) for role, question in asked(format_)}
         return LoadedGuard(
             prompts(tokenizer, window=positions(num_positions(network))),
@@ -108,6 +99,22 @@ def load_guard(  # noqa: PLR0913
         max_tokens=max_batch_tokens,
     )
     return _with_tokens(format_, asking, scorer, checkpoint.tokenizer)
+
+
+def _classifier_name(
+    format_: GuardFormat, model: str | None, *, adapter: Path | None, backend: str
+) -> str:
+    if backend == "vllm":
+        raise ValueError(
+            f"a guard of the format {format_.name} is a classifier, which vLLM does not run here; "
+            "set backend: transformers"
+        )
+    if adapter is not None or model is None:
+        raise ValueError(
+            f"a guard of the format {format_.name} is a classifier, which takes no adapter "
+            f"({adapter}); give its own checkpoint as model"
+        )
+    return model
 
 
 def asked(format_: GuardFormat) -> Iterator[tuple[Role, Question]]:
