@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, cast
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from fedsafe.data.chat import default_chat_template
 from fedsafe.safety.guard import UnjudgeableError
 from fedsafe.safety.guard_format import GuardFormat, Question
 from fedsafe.types import Conversation, Role, Turn
@@ -78,7 +79,9 @@ class GuardPrompts:
         categories: Mapping[str, str] | None,
         excluded_categories: Sequence[str],
     ) -> None:
-        if format_.template is None and not tokenizer.chat_template:
+        # the default one, which training gives to a tokenizer without, is no guard's
+        own_template = tokenizer.chat_template not in (None, "", default_chat_template())
+        if format_.template is None and not own_template:
             raise ValueError(
                 f"the tokenizer {tokenizer.name_or_path!r} has no chat template, and a guard of "
                 f"the format {format_.name} is asked in its own; take the tokenizer that was "
