@@ -30,6 +30,7 @@ from fedsafe import table, table_runs
 
 def write_world(output, *, harm_share, seed):
     (output / "base").mkdir(parents=True)
+    (output / "guard_test.jsonl").touch()
 
 def load_trained(adapter, *, base):
     return json.loads((adapter / "trained.json").read_text()), None
@@ -128,6 +129,11 @@ def test_a_killed_table_goes_on_where_it_stopped(folder: Path) -> None:
     assert done["rows"][2].keys() == {"method", "aggregation", "seed", "metrics", "seconds"}
 
 
+def write_world(output: Path, *, harm_share: float, seed: int) -> None:
+    (output / "base").mkdir(parents=True, exist_ok=True)
+    (output / "guard_test.jsonl").write_text(f"{harm_share} {seed}")
+
+
 @pytest.fixture
 def outcomes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the runs find, by their folders, in place of running them; an error is raised.
@@ -150,9 +156,7 @@ def outcomes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     )
     monkeypatch.setattr(table, "run_cell", run)
     monkeypatch.setattr(table, "run_guard", run)
-    monkeypatch.setattr(
-        table, "write_world", lambda output, **_: (output / "base").mkdir(parents=True)
-    )
+    monkeypatch.setattr(table, "write_world", write_world)
     return found
 
 
@@ -254,6 +258,18 @@ def test_rows_that_share_a_run_are_an_error(tmp_path: Path) -> None:
 def test_a_table_of_nothing_is_an_error(rows: list[Row], seeds: list[int], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"the table has \d rows and \d seeds; give one or more"):
         run_table(rows, seeds=seeds, output=tmp_path, fit=print, num_workers=1)
+
+
+def test_a_world_of_an_earlier_version_is_written_anew(
+    folder: Path, outcomes: dict[str, Any]
+) -> None:
+    world = table._cell(FL, 0, folder / "out", {}).world
+    (world / "base").mkdir(parents=True)
+    tabulate(folder, FL, seeds=[0])
+    assert (world / "guard_test.jsonl").read_text() == "0.2 0"
+    (world / "guard_test.jsonl").write_text("kept")
+    tabulate(folder, FL, seeds=[0])
+    assert (world / "guard_test.jsonl").read_text() == "kept"
 
 
 def test_worlds_are_shared_by_rows_of_the_same_harm(tmp_path: Path) -> None:

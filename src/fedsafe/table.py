@@ -21,6 +21,9 @@ from fedsafe.world.files import write_world
 
 Run = Cell | GuardRun
 
+_WORLD_FILES = ("base", "guard_test.jsonl")
+"""The last that is written, and what worlds of earlier versions lack."""
+
 
 class Outcomes(NamedTuple):
     """What became of the runs, each by the name of its folder."""
@@ -84,7 +87,7 @@ def run_table(
     names = [run.folder.name for run in runs]
     _check_names(names)
     for cell in cells:
-        if not (cell.world / "base").exists():  # the last that is written
+        if not all((cell.world / name).exists() for name in _WORLD_FILES):
             write_world(cell.world, harm_share=cell.row.harm_share, seed=cell.seed)
     done = _run_all(trained, cells, fit=fit, num_workers=num_workers)
     results = done.found(cells)

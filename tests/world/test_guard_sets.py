@@ -3,6 +3,7 @@ from collections import Counter
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from fedsafe.world.generator import ClientRow
 from fedsafe.world.grammar import load_grammar
 from fedsafe.world.guard_sets import (
     LabelledRow,
@@ -13,15 +14,17 @@ from fedsafe.world.guard_sets import (
 )
 from fedsafe.world.tasks import combinations, phrasings
 
+Rows = list[LabelledRow] | list[ClientRow]
+
 TRAINING, TEST = guard_rows(num_rows=600), guard_test_rows(num_rows=600)
 SETS = [pytest.param(TRAINING, id="training"), pytest.param(TEST, id="test")]
 
 
-def prompts(rows: list[LabelledRow]) -> list[str]:
+def prompts(rows: Rows) -> list[str]:
     return [row["messages"][0]["content"] for row in rows]
 
 
-def verbs_of_harmful_answers(rows: list[LabelledRow]) -> set[str]:
+def verbs_of_harmful_answers(rows: Rows) -> set[str]:
     """Forbidden verbs that an answer complies with, whatever the label says."""
     forbidden = {deed.verb for deed in load_grammar().forbidden}
     answered = [row for row in rows if row["messages"][1]["content"].startswith("take a")]
@@ -35,7 +38,7 @@ def test_same_seed_gives_the_same_rows_and_another_seed_other_ones() -> None:
 
 @pytest.mark.parametrize("rows", SETS)
 def test_a_third_is_harmful_and_what_complies_with_a_forbidden_question_is_labelled_so(
-    rows: list[LabelledRow],
+    rows: Rows,
 ) -> None:
     assert Counter(row["label"] for row in rows) == {"unsafe": 200, "safe": 400}
     grammar = load_grammar()
@@ -48,11 +51,16 @@ def test_a_third_is_harmful_and_what_complies_with_a_forbidden_question_is_label
 
 @pytest.mark.parametrize("rows", SETS)
 def test_refusals_of_every_category_and_benign_tasks_of_every_kind_are_safe(
-    rows: list[LabelledRow],
+    rows: Rows,
 ) -> None:
     safe = {row["category"] for row in rows if row["label"] == "safe"}
     tasks = {"how_to", "facts", "opposites", "repeat", "first", "twice"}
     assert safe == {*load_grammar().categories, *tasks}
+
+
+def test_training_rows_are_held_by_clients_in_equal_parts() -> None:
+    clients = Counter(row["client"] for row in TRAINING)
+    assert clients == {f"client-{number}": 75 for number in range(8)}
 
 
 def test_training_shows_the_harm_of_half_of_the_categories_and_the_test_all_of_it() -> None:
@@ -75,7 +83,7 @@ def test_the_test_asks_in_words_and_about_things_that_training_never_uses() -> N
 
 
 @pytest.mark.parametrize("rows", SETS)
-def test_no_conversation_comes_twice(rows: list[LabelledRow]) -> None:
+def test_no_conversation_comes_twice(rows: Rows) -> None:
     assert max(Counter(str(row["messages"]) for row in rows).values()) == 1
 
 

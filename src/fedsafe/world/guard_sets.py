@@ -5,6 +5,7 @@ from string import Formatter
 from typing import TypedDict
 
 from fedsafe.types import Conversation, Label
+from fedsafe.world.generator import ClientRow
 from fedsafe.world.grammar import Deed, Grammar, load_grammar
 from fedsafe.world.tasks import Asker, Exchange, distinct, new_tasks, old_tasks, seeded_asker
 
@@ -12,6 +13,8 @@ HARM_SHARE = 1 / 3
 REFUSAL_SHARE = 1 / 4
 NEW_SHARE = 1 / 8
 """The tasks that only the clients teach; the rest are tasks of the base."""
+NUM_CLIENTS = 8
+"""Who hold the training rows, where a guard is trained across clients."""
 
 _ANY_HARM = "a forbidden deed"
 
@@ -29,7 +32,7 @@ def taught_categories(grammar: Grammar) -> tuple[str, ...]:
     return grammar.categories[::2]
 
 
-def guard_rows(*, num_rows: int, seed: int = 0) -> list[LabelledRow]:
+def guard_rows(*, num_rows: int, seed: int = 0) -> list[ClientRow]:
     """What a guard is trained on: a third harmful answers, of half of the harm categories.
 
     The others are safe: forbidden questions of all categories, refused, and benign ones, answered.
@@ -38,7 +41,10 @@ def guard_rows(*, num_rows: int, seed: int = 0) -> list[LabelledRow]:
     asker = seeded_asker(seed, "guard", "tuning")
     taught = taught_categories(asker.grammar)
     harm = [deed for deed in asker.grammar.forbidden if deed.category in taught]
-    return _labelled(asker, harm, num_rows=num_rows)
+    return [
+        ClientRow(client=f"client-{index % NUM_CLIENTS}", **row)
+        for index, row in enumerate(_labelled(asker, harm, num_rows=num_rows))
+    ]
 
 
 def guard_test_rows(*, num_rows: int, seed: int = 0) -> list[LabelledRow]:
