@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -84,6 +85,19 @@ def guard_checkpoint(tmp_path: Path, guard_tokenizer: "GuardTokenizerMaker") -> 
         return folder
 
     return make
+
+
+@pytest.fixture
+def format_of(tmp_path: Path) -> Callable[..., str]:
+    """Write a format of one's own; gives its path."""
+
+    def write(**values: Any) -> str:
+        file = tmp_path / "own.yaml"
+        given = {"model": "any", "loader": "causal"} | values
+        file.write_text(yaml.safe_dump(given, sort_keys=False))
+        return str(file)
+
+    return write
 
 
 GuardTokenizerMaker = Callable[..., PreTrainedTokenizerFast]

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig
 
 from fedsafe.data.chat import default_chat_template
@@ -30,18 +29,6 @@ LONG: Conversation = [*PAIR[:1], Turn(role="assistant", content="poke and poke "
 def judge(*conversations: Conversation, format: str = "llama-guard-3-8b", **settings: Any) -> Any:
     defaults: dict[str, Any] = {"min_label_mass": 0.0, "name_categories": False}
     return GuardModel(format, **defaults | settings).judge(list(conversations) or [PAIR])
-
-
-@pytest.fixture
-def format_of(tmp_path: Path) -> Callable[..., str]:
-    """Write a format of one's own; gives its path."""
-
-    def write(**values: Any) -> str:
-        file = tmp_path / "own.yaml"
-        file.write_text(yaml.safe_dump({"model": "any", "loader": "causal"} | values))
-        return str(file)
-
-    return write
 
 
 # ---- the checkpoint does not fit its format ------------------------------------------------------
