@@ -91,3 +91,22 @@ def test_groups_are_filled_before_another_begins() -> None:
     lengths = np.array([2, 5, 3, 4], dtype=np.int32)
     assert split_by_budget(lengths, max_tokens=9) == [[1, 3], [2, 0]]
     assert split_by_budget(np.zeros(0, dtype=np.int32), max_tokens=9) == []
+
+
+@pytest.mark.parametrize("max_tokens", [1, 39, 100, 1000])
+def test_padding_counts_where_groups_are_padded(max_tokens: int) -> None:
+    lengths = np.random.default_rng(0).integers(1, 40, size=60).astype(np.int32)
+    groups = split_by_budget(lengths, max_tokens=max_tokens, padded=True)
+    assert sorted(i for group in groups for i in group) == list(range(60))
+    for group in groups:
+        assert len(group) == 1 or lengths[group].max() * len(group) <= max_tokens
+    flat = [lengths[i] for group in groups for i in group]
+    assert flat == sorted(flat, reverse=True)
+
+
+def test_padded_groups_are_filled_before_another_begins() -> None:
+    lengths = np.array([2, 5, 3, 4, 1], dtype=np.int32)
+    assert split_by_budget(lengths, max_tokens=9, padded=True) == [[1], [3, 2], [0, 4]]
+    assert split_by_budget(lengths, max_tokens=15, padded=True) == [[1, 3, 2], [0, 4]]
+    assert split_by_budget(lengths, max_tokens=9) == [[1, 3], [2, 0, 4]]
+    assert split_by_budget(np.zeros(0, dtype=np.int32), max_tokens=9, padded=True) == []

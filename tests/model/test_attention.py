@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fedsafe.model import attention
 from fedsafe.model.attention import packed_attention
 
 LENGTHS = [3, 1, 6]
@@ -80,4 +81,77 @@ def test_what_it_cannot_do_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"no {name}, which Linear asks for; set model.attention"):
         packed_attention(
             nn.Linear(1, 1), query, key, value, None, segment_lengths=LENGTHS, **{name: 1.0}
+        )
+
+
+# ---- a prefix that all samples share -------------------------------------------------------------
+
+PREFIX = 5
+
+
+def by_dense_eager(query: Tensor, key: Tensor, value: Tensor, *, scaling: float) -> Tensor:
+    """One dense mask over prefix and pack, in float64; shape ``(1, T, H, D)``."""
+    segment = torch.tensor([-1] * PREFIX + [i for i, n in enumerate(LENGTHS) for _ in range(n)])
+    position = torch.arange(len(segment))
+    own = segment[PREFIX:, None] == segment[None, :]
+    past = position[PREFIX:, None] >= position[None, :]
+    seen = (segment[None, :] < 0) | (own & past)
+    query, key, value = (each.double() for each in (query, key, value))
+    group = query.shape[1] // key.shape[1]
+    key, value = (each.repeat_interleave(group, dim=1) for each in (key, value))
+    scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~seen, -torch.inf)
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+def with_prefix(kv_heads: int = 4, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    query, key, value = qkv(kv_heads=kv_heads)
+    generator = torch.Generator().manual_seed(1)
+    before = [torch.randn(1, kv_heads, PREFIX, 8, generator=generator) for _ in range(2)]
+    parts = [query, torch.cat([before[0], key], 2), torch.cat([before[1], value], 2)]
+    return [each.to(dtype) for each in parts]
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        (torch.float32, 1e-6),
+        (torch.float64, 1e-12),
+        (torch.bfloat16, 0.02),  # the plain products; 3 digits
+        (torch.float16, 0.004),
+    ],
+    ids=["float32", "float64", "bfloat16", "float16"],
+)
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("scaling", [None, 0.7])
+def test_each_sample_sees_the_prefix_and_its_own_past(
+    dtype: torch.dtype, tolerance: float, kv_heads: int, scaling: float | None
+) -> None:
+    query, key, value = with_prefix(kv_heads, dtype)
+    output, weights = packed_attention(
+        nn.Module(), query, key, value, None, scaling=scaling, segment_lengths=LENGTHS
+    )
+    expected = by_dense_eager(query, key, value, scaling=scaling or 8**-0.5)
+    assert weights is None
+    assert output.dtype == dtype
+    torch.testing.assert_close(output.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_plain_products_and_the_fused_kernel_agree(kv_heads: int) -> None:
+    query, key, value = with_prefix(kv_heads)
+    before = [each.clone() for each in (query, key, value)]
+    plain = attention._plain_attention(query[:, :, :6], key[:, :, :11], value[:, :, :11], 0.7)
+    fused = attention._fused_attention(query[:, :, :6], key[:, :, :11], value[:, :, :11], 0.7)
+    assert plain.shape == fused.shape == (1, 6, 4, 8)
+    torch.testing.assert_close(plain, fused, atol=1e-6, rtol=1e-5)
+    assert all(map(torch.equal, before, (query, key, value)))
+
+
+def test_a_prefix_and_a_sliding_window_are_refused_together() -> None:
+    query, key, value = with_prefix()
+    with pytest.raises(ValueError, match="a shared prefix and a sliding window of 64 tokens do no"):
+        packed_attention(
+            nn.Module(), query, key, value, None, segment_lengths=LENGTHS, sliding_window=64
         )

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from fedsafe.data.chat import ensure_chat_template
 from fedsafe.model.attention import PACKED
-from fedsafe.model.generation import Model, generate_answers
+from fedsafe.model.generation import Model, continue_prompts, generate_answers
 from fedsafe.model.lora import add_lora
 from fedsafe.types import Conversation
 
@@ -153,3 +153,60 @@ def test_an_answer_ends_at_the_models_own_end_too(
 
 def test_special_tokens_are_not_part_of_the_answer(answer: Answer) -> None:
     assert all("</s>" not in text and "<pad>" not in text for text in answer(*TEXTS))
+
+
+# ---- prompts of token ids ------------------------------------------------------------------------
+
+
+def prompts_of(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    return tokenizer(TEXTS, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_prompts_go_on_with_the_likeliest_token_each_time(
+    model: Model, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> None:
+    expected = []
+    for prompt in prompts_of(tokenizer):
+        ids = list(prompt)
+        while len(ids) < len(prompt) + 6 and ids[-1] != tokenizer.eos_token_id:
+            with torch.no_grad():
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        expected.append(tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True))
+    found = continue_prompts(
+        model, tokenizer, prompts_of(tokenizer), max_new_tokens=6, batch_size=batch_size
+    )
+    assert found == expected
+    assert len(set(found)) > 1
+
+
+def test_a_special_token_of_a_prompt_is_read_and_not_repeated(
+    model: Model, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    plain = prompts_of(tokenizer)[1]
+    ended = [*plain, tokenizer.eos_token_id]
+    first, second = continue_prompts(model, tokenizer, [plain, ended], max_new_tokens=6)
+    assert first != second
+    assert "</s>" not in first + second
+
+
+def test_no_prompts_go_on_with_nothing(model: Model, tokenizer: PreTrainedTokenizerBase) -> None:
+    assert continue_prompts(model, tokenizer, [], max_new_tokens=6) == []
+
+
+def test_continuing_leaves_modes_and_attention_as_they_were(
+    model: Model, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    expected = continue_prompts(model, tokenizer, prompts_of(tokenizer), max_new_tokens=6)
+    model.train()
+    model.set_attn_implementation(PACKED)
+    found = continue_prompts(model, tokenizer, prompts_of(tokenizer), max_new_tokens=6)
+    assert found == expected
+    assert model.training
+    assert model.config._attn_implementation == PACKED
+
+
+def test_a_continuation_needs_a_position(model: Model, tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(ValueError, match="a prompt has 256 tokens and the model 256 positions"):
+        continue_prompts(model, tokenizer, [[5], [5] * 256], max_new_tokens=6)

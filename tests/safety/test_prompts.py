@@ -440,7 +440,9 @@ def test_a_conversation_that_just_fits_is_not_shortened(
 def test_a_conversation_longer_than_the_window_can_be_an_error(
     tokenizer_8b: PreTrainedTokenizerFast,
 ) -> None:
-    message = r"conversation 1: it makes a prompt of \d{4} tokens, and the guard's window is 800; set"
+    message = (
+        r"conversation 1: it makes a prompt of \d{4} tokens, and the guard's window is 800; set"
+    )
     with pytest.raises(ValueError, match=message) as caught:
         prompts(GUARD_8B, tokenizer_8b, window=800).render([ANSWERED, LONG], {})
     assert "giant" not in str(caught.value)
