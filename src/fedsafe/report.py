@@ -212,7 +212,7 @@ def _name_of(row: dict[str, Any]) -> str:
 
 def draw_table(summary: Sequence[dict[str, Any]], file: Path) -> None:
     """Safety and help of each method, side by side; a PNG."""
-    figure, panel = plt.subplots(figsize=(max(8, 1.2 * len(summary)), 3.6))
+    figure, panel = plt.subplots(figsize=(max(8, 1.35 * len(summary)), 3.6))
     labels = [_name_of(row).replace(" · ", "\n") for row in summary]
     measures = {"refusal_rate": "harmful requests refused", "help_rate": "benign requests helped"}
     for offset, (name, label) in enumerate(measures.items()):
