@@ -271,6 +271,48 @@ def test_a_file_that_changes_meanwhile_is_an_error(
     assert not Path("kept.jsonl").exists()
 
 
+@pytest.fixture
+def speechless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stub guard cannot judge what holds the word mute."""
+    import stub_guards
+
+    from fedsafe.safety.guard import UnjudgeableError
+
+    def judge(self: Any, conversations: Any) -> Any:
+        for index, each in enumerate(conversations):
+            if "mute" in each[0]["content"]:
+                raise UnjudgeableError(index, "its prompt is too long")
+        return original(self, conversations)
+
+    original = stub_guards.WordGuard.judge
+    monkeypatch.setattr(stub_guards.WordGuard, "judge", judge)
+
+
+@pytest.mark.usefixtures("speechless")
+def test_rows_that_the_guard_cannot_judge_are_bad_rows_and_counted() -> None:
+    source = write("in.jsonl", SAFE, row("a mute swan"), BAD, UNSAFE, row("a mute cat"))
+    assert filtered(source) == 0
+    assert lines("kept.jsonl") == [SAFE]
+    reason = "cannot be judged: its prompt is too long"
+    bad = lines("kept.bad.jsonl")
+    assert [(each["source"], each["row"]) for each in bad] == [("in.jsonl", n) for n in (2, 3, 5)]
+    assert [each["reason"] == reason for each in bad] == [True, False, True]
+    assert "swan" not in Path("kept.bad.jsonl").read_text()
+    found = summary()
+    assert [found[name] for name in ("rows", "kept", "rejected", "bad")] == [5, 1, 1, 3]
+
+
+@pytest.mark.usefixtures("speechless")
+def test_a_row_that_the_guard_cannot_judge_can_be_an_error_that_writes_nothing(
+    capsys: Captured,
+) -> None:
+    source = write("in.jsonl", SAFE, row("a mute swan"))
+    assert filtered(source, "--on_bad_row", "error") == 1
+    error = capsys.readouterr().err
+    assert "in.jsonl, line 2: cannot be judged: its prompt is too long" in error
+    assert {path.name for path in Path().iterdir()} == {"in.jsonl", "cache"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["drop", "refuse"])
 def test_killed_and_run_again_gives_the_same_files(folder: Path, policy: str) -> None:

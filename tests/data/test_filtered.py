@@ -13,6 +13,7 @@ from fedsafe.data.datamodule import FederatedDataModule
 from fedsafe.data.filtered import FilterRow
 from fedsafe.federated.partition import IID, Natural
 from fedsafe.safety.filter import SafetyFilter
+from fedsafe.safety.guard import UnjudgeableError
 
 HELD_BY = {"ada": 6, "bob": 3, "cyd": 4}
 UNSAFE = {"ada": (1, 4), "bob": (0, 1, 2), "cyd": ()}
@@ -265,3 +266,32 @@ def test_the_training_set_with_repaired_rows_travels_to_a_worker(load: DataMaker
     copy = pickle.loads(pickle.dumps(store))
     assert len(copy) == len(store) == 18
     assert all(np.array_equal(copy[i][0], store[i][0]) for i in range(18))
+
+
+class SpeechlessGuard(WordGuard):
+    """Cannot judge what holds the word sky."""
+
+    def judge(self, conversations):
+        for index, each in enumerate(conversations):
+            if "sky" in each[-1]["content"]:
+                raise UnjudgeableError(index, "it makes a prompt of 9 tokens")
+        return super().judge(conversations)
+
+
+def test_a_sample_that_cannot_be_judged_is_named_by_its_line_and_not_by_its_text(
+    load: DataMaker, conversations: Path
+) -> None:
+    texts = [("a", "red wine"), ("b", ""), ("far " * 30, "red"), ("d", "red"), ("e", "blue sky")]
+    rows = [{"prompt": asked, "response": said, "client": "ada"} for asked, said in texts]
+    conversations.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"guard": SpeechlessGuard("red"), "max_length": 60, "on_bad_row": "skip"}
+    message = (
+        r"rows.jsonl, line 5: the guard word-guard cannot judge it: it makes a prompt of 9 tokens; "
+        "take the row out of the data, or change the guard's settings"
+    )
+    with (
+        pytest.raises(ValueError, match=message) as caught,
+        pytest.warns(UserWarning, match="left out 1 of 4 rows"),
+    ):
+        load("drop", **settings)
+    assert "blue" not in str(caught.value)

@@ -19,7 +19,7 @@ from fedsafe.safety.filter_file import (
     json_line,
     usable_rows,
 )
-from fedsafe.safety.guard import Guard
+from fedsafe.safety.guard import Guard, UnjudgeableError
 from fedsafe.safety.score_cache import CHUNK_SIZE
 from fedsafe.types import Conversation, Sample, Turn, Verdict
 
@@ -161,3 +161,55 @@ def test_an_error_leaves_files_as_they_were() -> None:
 def _fail_after_writing(outputs: Outputs) -> None:
     outputs.write(Rejected("in.jsonl", 1, "bad"))
     raise OSError("no place for this")
+
+
+# ---- rows that the guard cannot judge ------------------------------------------------------------
+
+
+class SpeechlessGuard(RedGuard):
+    """Cannot judge what holds the word mute."""
+
+    def judge(self, conversations: Sequence[Conversation]) -> list[Verdict]:
+        for index, each in enumerate(conversations):
+            if "mute" in str(each):
+                raise UnjudgeableError(index, "it makes a prompt of 9 tokens")
+        return super().judge(conversations)
+
+
+def judged_by(rows: list[CheckedRow], **settings: Any) -> list[FilteredRow | Rejected]:
+    safety = SafetyFilter(SpeechlessGuard())
+    return [row for window in filtered(rows, safety, **settings) for row in window]
+
+
+def action_of(row: FilteredRow | Rejected) -> str:
+    return row.action if isinstance(row, FilteredRow) else row.reason
+
+
+def test_a_row_that_cannot_be_judged_is_a_bad_row_in_its_place() -> None:
+    texts = ["red 1", "mute 2", "bad", "blue 4", "mute 5", "mute 2", "red 7"]
+    rows = [BAD if t == "bad" else checked(n, t) for n, t in enumerate(texts, start=1)]
+    found = judged_by(rows)
+    mute = "cannot be judged: it makes a prompt of 9 tokens"
+    expected = ["dropped", mute, "is empty", "kept", mute, mute, "dropped"]
+    assert [action_of(row) for row in found] == expected
+    assert found[4] == Rejected("in.jsonl", 5, mute)
+    assert rows[1].sample is not None, "the rows given were changed"
+
+
+def test_later_windows_are_judged_though_one_has_nothing_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fedsafe.safety.filter_file.CHUNK_SIZE", 4)
+    rows = [*(checked(n, f"mute {n}") for n in range(4)), checked(4, "blue")]
+    actions = [action_of(row) for row in judged_by(rows)]
+    assert actions[-1] == "kept"
+    assert all("cannot be judged" in action for action in actions[:-1])
+
+
+def test_a_row_that_cannot_be_judged_can_be_an_error() -> None:
+    rows = [checked(1, "blue"), BAD, checked(3, "mute")]
+    message = (
+        "in.jsonl, line 3: cannot be judged: it makes a prompt of 9 tokens\n.*on_bad_row: skip"
+    )
+    with pytest.raises(ValueError, match=message):
+        judged_by(rows, on_bad_row="error")
