@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
 PACKED = "fedsafe_packed"
@@ -152,7 +153,7 @@ def _fused_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
         query,
         key,
         value,
-        attn_mask=~_future(query, key),
+        attn_mask=causal_lower_right(query.shape[2], key.shape[2]),  # lets a GPU's flash kernel run
         scale=scale,
         enable_gqa=key.shape[1] != query.shape[1],
     )
