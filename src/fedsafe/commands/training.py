@@ -265,11 +265,11 @@ def _last_checkpoint(run_dir: Path) -> str | None:
 def _point_to_world(config: Any) -> None:
     """Say how to make the miniature's files where a configuration uses them and they are missing.
 
-    They are told by their names: base/ and clients.jsonl in one folder.
+    They are told by their names: base/ and clients.jsonl or guard.jsonl in one folder.
     """
-    base = Path(config.model.base)
-    wanted = str(base.parent / "clients.jsonl")
-    if base.name == "base" and config.data.path == wanted and not base.parent.exists():
+    base, path = Path(config.model.base), config.data.path
+    known = [str(base.parent / name) for name in ("clients.jsonl", "guard.jsonl")]
+    if base.name == "base" and path in known and not Path(path).exists():
         raise ValueError(
-            f"{wanted} is missing; write the miniature first: fedsafe world --output {base.parent}"
+            f"{path} is missing; write the miniature first: fedsafe world --output {base.parent}"
         )
