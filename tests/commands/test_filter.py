@@ -281,7 +281,7 @@ def speechless(monkeypatch: pytest.MonkeyPatch) -> None:
     def judge(self: Any, conversations: Any) -> Any:
         for index, each in enumerate(conversations):
             if "mute" in each[0]["content"]:
-                raise UnjudgeableError(index, "its prompt is too long")
+                raise UnjudgeableError({index: "its prompt is too long"})
         return original(self, conversations)
 
     original = stub_guards.WordGuard.judge

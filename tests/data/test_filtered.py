@@ -274,7 +274,7 @@ class SpeechlessGuard(WordGuard):
     def judge(self, conversations):
         for index, each in enumerate(conversations):
             if "sky" in each[-1]["content"]:
-                raise UnjudgeableError(index, "it makes a prompt of 9 tokens")
+                raise UnjudgeableError({index: "it makes a prompt of 9 tokens"})
         return super().judge(conversations)
 
 

@@ -345,7 +345,7 @@ def test_an_answer_without_a_label_names_its_conversation_and_tells_nothing(
     mixed = [ANSWERED[0], ASKED[0], ANSWERED[1], ASKED[1]]  # users' turns are asked about first
     with pytest.raises(UnjudgeableError, match=r"conversation 2: .* has none of the labels") as e:
         stubbed("wildguard", scorer).judge(mixed)
-    assert e.value.index == 2
+    assert list(e.value.reasons) == [2]
     assert "feather" not in str(e.value)
 
 

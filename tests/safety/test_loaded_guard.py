@@ -164,7 +164,7 @@ def test_a_long_conversation_can_be_an_error_that_says_which(guard_checkpoint: C
         UnjudgeableError, match=r"conversation 2: it makes a prompt of \d+"
     ) as caught:
         judge(PAIR[:1], PAIR, LONG, PAIR, model=folder, too_long="error")
-    assert caught.value.index == 2
+    assert list(caught.value.reasons) == [2]
     assert "poke" not in str(caught.value)
 
 

@@ -135,10 +135,11 @@ def filter_samples(
     try:
         verdicts = rule.verdicts(judged["messages"])
     except UnjudgeableError as error:
-        row = judged[error.index]
+        index, reason = next(iter(error.reasons.items()))
+        row = judged[index]
         raise ValueError(
             f"{place_of(row['source'], row['row'])}: the guard {rule.guard.name} cannot judge it: "
-            f"{error.reason}; take the row out of the data, or change the guard's settings"
+            f"{reason}; take the row out of the data, or change the guard's settings"
         ) from error
     is_unsafe = np.array([rule.is_unsafe(verdict) for verdict in verdicts])
     rule.check_share(int(is_unsafe.sum()), num_judged=len(verdicts))

@@ -16,6 +16,7 @@ from fedsafe.data.sources import (
     bad_rows_error,
     iterate_file,
     no_rows_error,
+    place_of,
     with_answer,
 )
 from fedsafe.safety.filter import SafetyFilter
@@ -109,12 +110,16 @@ def _judge(
         try:
             return window, safety.verdicts([sample["messages"] for sample in samples])
         except UnjudgeableError as error:
-            sample = samples[error.index]
-            bad = Rejected(sample["source"], sample["row"], f"cannot be judged: {error.reason}")
-            if on_bad_row == "error":
-                raise bad_rows_error([bad], total=len(window)) from error
             window = list(window)
-            window[good[error.index]] = CheckedRow({}, None, bad)
+            for index, reason in error.reasons.items():
+                source, row = samples[index]["source"], samples[index]["row"]
+                if on_bad_row == "error":
+                    raise ValueError(
+                        f"{place_of(source, row)}: cannot be judged: {reason}; take the row out, "
+                        "or set on_bad_row: skip"
+                    ) from error
+                bad = Rejected(source, row, f"cannot be judged: {reason}")
+                window[good[index]] = CheckedRow({}, None, bad)
 
 
 def _apply(row: CheckedRow, safety: SafetyFilter, verdict: Verdict) -> FilteredRow:

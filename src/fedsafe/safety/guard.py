@@ -1,9 +1,13 @@
 """What every guard is: conversations in, verdicts out."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 from fedsafe.types import Conversation, JudgedPart, Turn, Verdict
+
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 
 class Guard(ABC):
@@ -42,17 +46,38 @@ class Guard(ABC):
 
 
 class UnjudgeableError(ValueError):
-    """One of several conversations cannot be judged.
+    """Some of several conversations cannot be judged.
 
     Args:
-        index: Which one of the list.
-        reason: Why, without any of its text.
+        reasons: Which ones of the list, by index, and why, without any of their text.
     """
 
-    def __init__(self, index: int, reason: str) -> None:
-        super().__init__(f"conversation {index}: {reason}")
-        self.index = index
-        self.reason = reason
+    def __init__(self, reasons: Mapping[int, str]) -> None:
+        index, reason = next(iter(reasons.items()))
+        more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+        super().__init__(f"conversation {index}: {reason}{more}")
+        self.reasons = reasons
+
+    def renumbered(self, places: Sequence[int]) -> "UnjudgeableError":
+        """The same of a list in which conversation `index` stands at ``places[index]``."""
+        return UnjudgeableError({places[index]: each for index, each in self.reasons.items()})
+
+
+def for_each(make: Callable[[Given], Made], items: Iterable[Given]) -> list[Made]:
+    """What is made of each item; all those that it cannot be made of are named together.
+
+    Raises:
+        UnjudgeableError: If `make` raises a ValueError.
+    """
+    made, failed = [], {}
+    for index, item in enumerate(items):
+        try:
+            made.append(make(item))
+        except ValueError as error:
+            failed[index] = str(error)
+    if failed:
+        raise UnjudgeableError(failed)
+    return made
 
 
 def shown(messages: Conversation, part: JudgedPart) -> Conversation:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedsafe.safety.checkpoint import checkpoint_digest
-from fedsafe.safety.guard import Guard, UnjudgeableError
+from fedsafe.safety.guard import Guard, UnjudgeableError, for_each
 from fedsafe.safety.guard_answers import parse_answer, parse_codes
 from fedsafe.safety.guard_format import Categories, Question, load_format
 from fedsafe.safety.loaded_guard import MAX_ANSWER_TOKENS, LoadedGuard, load_guard
@@ -52,7 +52,7 @@ class GuardModel(Guard):
         name_categories: Whether to ask for the kinds of harm in flagged conversations.
         min_label_mass: Probability that the labels must have together where they are read, 0 to 1;
             less means that the prompt is not the guard's own.
-        max_batch_tokens: Tokens of a batch, the shared policy not counted.
+        max_batch_tokens: Tokens of a batch, without the policy where that is read only once.
         share_prefix: Whether the policy, which every prompt begins with, is read only once.
     """
 
@@ -126,7 +126,7 @@ class GuardModel(Guard):
                 try:
                     answered = self._judge_role(role, asked)
                 except UnjudgeableError as error:
-                    raise UnjudgeableError(places[error.index], error.reason) from error
+                    raise error.renumbered(places) from error
                 verdicts |= dict(zip(places, answered, strict=True))
         return [verdicts[place] for place in range(len(conversations))]
 
@@ -214,11 +214,8 @@ class GuardModel(Guard):
         texts = self._loaded.scorer.answers(ids, max_new_tokens=MAX_ANSWER_TOKENS)
         known = self._known_categories if self._name_categories else None
         verdicts = []
-        for index, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
-            try:
-                answer = parse_answer(question, text)
-            except ValueError as error:
-                raise UnjudgeableError(index, str(error)) from error
+        answers = for_each(lambda text: parse_answer(question, text), texts)
+        for answer, prompt in zip(answers, prompts, strict=True):
             unsafe = question.labels[answer.label]
             named = parse_codes(known, answer.categories) if known and unsafe >= FLAGGED else ()
             verdicts.append(Verdict(unsafe, named, self._name, prompt.shortened))

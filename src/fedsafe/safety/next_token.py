@@ -59,7 +59,7 @@ class NextTokenScorer(Scorer):
         tokenizer: For the words of `answers`.
         prefixes: Beginnings that prompts share, as token ids, to be read once; a prompt with none
             of them is read whole.
-        max_tokens: Tokens of a batch, the shared prefix not counted.
+        max_tokens: Tokens of a batch, padding and copies of the prefix counted.
     """
 
     def __init__(
@@ -84,8 +84,9 @@ class NextTokenScorer(Scorer):
         probabilities = torch.empty(len(prompts), len(label_ids))
         for prefix, rows in self._by_prefix(prompts):
             rests = [prompts[row][len(prefix.ids) :] for row in rows]
-            lengths = np.array([len(rest) for rest in rests], dtype=np.int32)
             padded = self._way is padded_logits
+            copied = len(prefix.ids) if padded else 0  # each row has a copy of the prefix
+            lengths = np.array([copied + len(rest) for rest in rests], dtype=np.int32)
             for group in split_by_budget(lengths, max_tokens=self._max_tokens, padded=padded):
                 logits_BV = self._way(self._model, prefix, [rests[i] for i in group])  # noqa: N806
                 labels = logits_BV.float().softmax(-1)[:, list(label_ids)]

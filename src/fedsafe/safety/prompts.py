@@ -9,14 +9,13 @@ turn is broken up by a space: it would end the turn and let the rest pass for th
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, cast
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from fedsafe.data.chat import default_chat_template
-from fedsafe.safety.guard import UnjudgeableError
+from fedsafe.safety.guard import for_each
 from fedsafe.safety.guard_format import GuardFormat, Question
 from fedsafe.types import Conversation, Role, Turn
 
@@ -123,15 +122,9 @@ class GuardPrompts:
         assert all(each[-1]["role"] == role for each in conversations)
         question = self._format.question(role)
         shown = [self._shown(each) for each in conversations]
-        texts = []
-        for index, each in enumerate(shown):
-            with _naming(index):
-                texts.append(self._text(each, question, options))
-        prompts = []
-        for index, ids in enumerate(self._tokenize(texts, role)):
-            with _naming(index):
-                prompts.append(self._fitted(ids, shown[index], role, options))
-        return prompts
+        texts = for_each(lambda each: self._text(each, question, options), shown)
+        read = zip(self._tokenize(texts, role), shown, strict=True)
+        return for_each(lambda each: self._fitted(*each, role, options), read)
 
     def _fitted(
         self, ids: list[int], messages: Conversation, role: Role, options: Options
@@ -300,15 +293,6 @@ class GuardPrompts:
                     "leave the setting out, or take a guard whose template has the option"
                 )
             without = text
-
-
-@contextmanager
-def _naming(index: int) -> Iterator[None]:
-    """Say which conversation it is that something is wrong with."""
-    try:
-        yield
-    except ValueError as error:
-        raise UnjudgeableError(index, str(error)) from error.__cause__
 
 
 def label_ids(

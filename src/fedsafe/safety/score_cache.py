@@ -74,8 +74,7 @@ class ScoreCache:
                 try:
                     judged = self._guard.judge([conversations[places[key]] for key in chunk])
                 except UnjudgeableError as error:
-                    place = places[chunk[error.index]]
-                    raise UnjudgeableError(place, error.reason) from error
+                    raise error.renumbered([places[key] for key in chunk]) from error
                 self._keep(database, chunk, judged)
                 # another process may have been first: all go by what is on disk
                 known |= self._find(database, chunk)

@@ -117,7 +117,7 @@ class _Verdicts(Encoder):
         try:
             [prompt] = self._prompts.render([conversation], {})
         except UnjudgeableError as error:
-            raise ValueError(error.reason) from error
+            raise ValueError(error.reasons[0]) from error
         is_unsafe = sample["label"] == "unsafe"
         code = self._code(sample["category"]) if is_unsafe else None
         answer = self._answers[sample["label"], code]
