@@ -15,7 +15,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loops.optimization.automatic import Closure
 
-from fedsafe.data import datamodule
+from fedsafe.data import loaders
 from fedsafe.federated import run_files
 from fedsafe.federated.local_training import LocalTraining
 from fedsafe.federated.round_log import RoundLog
@@ -37,7 +37,7 @@ _TIMED: tuple[tuple[str, Any, str], ...] = (
     ("LoraLM: learning rate, dropout seed", LoraLM, "on_train_batch_start"),
     ("drawing the round and its batches", Schedule, "plan"),
     ("drawing the round and its batches", Schedule, "_samples_of_step"),
-    ("packing batches", datamodule, "pack_batch"),
+    ("packing batches", loaders, "pack_batch"),
     ("adapter in and out of the model", LocalTraining, "begin"),
     ("adapter in and out of the model", LocalTraining, "finish"),
     ("aggregation", Server, "receive"),

@@ -57,7 +57,10 @@ class Federation:
         """What each client of a round gives back, trained by itself from the initial adapter."""
         return {
             visit.client: train_client(
-                self.module, self.data.client_dataloader(visit), start=self.start
+                self.module,
+                self.data.client_dataloader(visit),
+                start=self.start,
+                trainer_settings={"accelerator": "cpu"},  # as the runs that it is compared with
             )
             for visit in self.rounds._schedule.plan(round_).visits
             if not visit.failed

@@ -220,7 +220,7 @@ def test_fedprox_without_pull_is_fedavg(federation: FederationMaker) -> None:
 def test_fedavgm_without_momentum_is_fedavg(federation: FederationMaker) -> None:
     plain = federation("plain").fit()
     still = federation("still", rounds={"server_optimizer": FedAvgM(momentum=0.0)}).fit()
-    torch.testing.assert_close(still.adapter, plain.adapter, atol=1e-6, rtol=0)
+    torch.testing.assert_close(still.adapter, plain.adapter, atol=3e-6, rtol=0)
     moving = federation("moving", rounds={"server_optimizer": FedAvgM(momentum=0.9)}).fit()
     assert not torch.allclose(moving.adapter, plain.adapter, atol=1e-3)
 

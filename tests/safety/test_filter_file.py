@@ -208,6 +208,9 @@ def test_later_windows_are_judged_though_one_has_nothing_left(
 
 def test_a_row_that_cannot_be_judged_can_be_an_error() -> None:
     rows = [checked(1, "blue"), BAD, checked(3, "mute")]
-    message = "in.jsonl, line 3: cannot be judged: it makes a prompt of 9 tokens; take the row out, or set on_bad_row: skip"
+    message = (
+        "in.jsonl, line 3: cannot be judged: it makes a prompt of 9 tokens; take the row out, "
+        "or set on_bad_row: skip"
+    )
     with pytest.raises(ValueError, match=message):
         judged_by(rows, on_bad_row="error")
