@@ -103,3 +103,11 @@ def test_kosbi_guard_is_measured_beside_a_simple_classifier(real_data: Path) -> 
         assert figures[judge].keys() == {"accuracy", "f1", "auprc"}
         assert all(0 <= value <= 1 for value in figures[judge].values())
     assert figures["majority"]["accuracy"] == 0.46
+
+
+@pytest.mark.slow
+def test_guard_throughput_sides_give_the_same_probabilities() -> None:
+    figures = last_line("guard_throughput.py", "--threads", "1")
+    for name in ("vs_generate_fp32", "vs_forward_fp32", "bf16_vs_generate_fp32"):
+        assert figures[name] > 0
+    assert figures["max_relative_diff"] < 1e-4
