@@ -169,21 +169,6 @@ def test_rows_that_make_no_verdict_can_be_skipped_and_are_listed(
     assert "hello" not in second["reason"]
 
 
-def test_a_sample_without_a_prompt_cannot_be_judged_by_it(
-    tokenizer: PreTrainedTokenizerFast,
-) -> None:
-    turns = [
-        {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "b"},
-        {"role": "assistant", "content": "c"},
-    ]
-    targets = VerdictTargets("llama-guard-3-8b", judge="prompt")
-    with pytest.raises(ValueError, match="line 1: has no turn of the user before the answer"):
-        tokenize_verdicts(
-            samples_of({"messages": turns, "label": "safe"}), targets, tokenizer, max_length=1024
-        )
-
-
 def test_the_same_targets_are_read_from_the_cache_and_others_are_not(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:

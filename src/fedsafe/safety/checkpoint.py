@@ -99,6 +99,9 @@ def checkpoint_digest(name: str | None, adapter: Path | None) -> str:
         name = name or base_of(adapter)
     assert name is not None
     folder = Path(name)
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1  # a hub name has one slash
+    if is_path and not folder.is_dir():
+        raise ValueError(f"there is no folder {name}, which is to hold the guard; give another")
     parts.append(_files_digest(folder) if folder.is_dir() else f"{name} {_commit(name)}")
     return " ".join(parts)
 

@@ -30,7 +30,7 @@ class SafetyFilter:
         policy: What becomes of an unsafe sample: `drop` leaves it out, `refuse` puts a refusal in
             place of its response, `keep` only writes the verdict down.
         judge: What the guard is shown of a sample: the `pair` of prompt and response, the `prompt`
-            alone, or the `response` alone.
+            alone, or the `response` alone. Turns of the system are not shown.
         threshold: Probability from which a sample is unsafe, 0 to 1.
         refusals: Text file of refusals, one a line, for policy `refuse`; None takes those shipped.
         max_unsafe_share: Share of unsafe samples above which the run stops, 0 to 1: a guard that

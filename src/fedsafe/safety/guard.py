@@ -29,6 +29,14 @@ class Guard(ABC):
         Verdicts are kept under it, so it changes when they could.
         """
 
+    @property
+    def origin(self) -> str:
+        """Where the guard comes from and how it is set, whatever is there now.
+
+        Another identity of the same origin means that a checkpoint changed in its place.
+        """
+        return self.name
+
     @abstractmethod
     def judge(self, conversations: Sequence[Conversation]) -> list[Verdict]:
         """One verdict a conversation, in order; the same for the same list.
@@ -85,11 +93,12 @@ def shown(messages: Conversation, part: JudgedPart) -> Conversation:
 
     Args:
         messages: The sample; its last turn is the assistant's.
-        part: `pair` shows all of it, so that the answer is judged in its context; `prompt` leaves
-            the answer out; `response` shows the answer alone, as if a user had said it.
+        part: `pair` shows all of it, so that the answer is judged in its context; `prompt` ends
+            with the user's last turn; `response` shows the answer alone, as if a user had said it.
     """
     if part == "pair":
         return messages
     if part == "prompt":
-        return messages[:-1]
+        last = max((i for i, turn in enumerate(messages) if turn["role"] == "user"), default=-1)
+        return messages[: last + 1]
     return [Turn(role="user", content=messages[-1]["content"])]

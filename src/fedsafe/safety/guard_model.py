@@ -24,6 +24,7 @@ from fedsafe.safety.loaded_guard import MAX_ANSWER_TOKENS, LoadedGuard, load_gua
 from fedsafe.safety.prompts import GuardPrompt
 from fedsafe.types import Conversation, Role, Verdict
 
+_VERSION = 1  # raise it when a change of this package's code changes prompts or verdicts
 FLAGGED = 0.5
 """Probability from which a guard is asked for the kind of harm, whatever the filter's threshold."""
 
@@ -103,8 +104,18 @@ class GuardModel(Guard):
     @cached_property
     def identity(self) -> str:
         """See `Guard`."""
-        parts = [
-            checkpoint_digest(self._model, self._adapter),
+        parts = [_VERSION, checkpoint_digest(self._model, self._adapter), *self._settings()]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    @property
+    def origin(self) -> str:
+        """See `Guard`."""
+        places = [each and str(Path(each).resolve()) for each in (self._model, self._adapter)]
+        return json.dumps([*places, *self._settings()])
+
+    def _settings(self) -> list[Any]:
+        """What a verdict depends on beside the checkpoint."""
+        return [
             asdict(self._format),
             self._backend,
             self._dtype,
@@ -113,8 +124,8 @@ class GuardModel(Guard):
             self._categories,
             self._excluded,
             self._name_categories,
+            self._min_label_mass,  # a verdict that was kept was not checked against another
         ]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def judge(self, conversations: Sequence[Conversation]) -> list[Verdict]:
         """See `Guard`."""

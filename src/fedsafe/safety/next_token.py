@@ -215,7 +215,8 @@ def _find_way(model: Model) -> tuple[Way, bool]:
                 found_BV = _probe(model, way, shares)  # noqa: N806
             except (ValueError, TypeError, AttributeError, RuntimeError):
                 continue  # the model does not take what this way gives it
-            if (found_BV - expected_BV).abs().max() <= tolerance:
+            agrees = (found_BV - expected_BV).abs().max() <= tolerance
+            if agrees and _keeps_apart(model, way, shares, found_BV):
                 return way, shares
     raise ValueError(
         f"{type(model).__name__} gives other probabilities to prompts in a batch than to one "
@@ -223,10 +224,18 @@ def _find_way(model: Model) -> tuple[Way, bool]:
     )
 
 
-def _probe(model: Model, way: Way, shares: bool) -> Tensor:
+def _keeps_apart(model: Model, way: Way, shares: bool, found_BV: Tensor) -> bool:  # noqa: N803
+    """Whether a prompt does not notice another one that changes; rounding cannot hide it."""
+    changed = [tuple(reversed(_PROBES[0])), *_PROBES[1:]]
+    others_BV = _probe(model, way, shares, changed)[1:]  # noqa: N806
+    tolerance = torch.finfo(found_BV.dtype).eps * found_BV.abs().max()
+    return bool((others_BV - found_BV[1:]).abs().max() <= tolerance)
+
+
+def _probe(model: Model, way: Way, shares: bool, probes: Prompts = _PROBES) -> Tensor:
     if shares:
-        return way(model, _read_prefix(model, _PROBE_PREFIX), _PROBES)
-    return way(model, _NO_PREFIX, [[*_PROBE_PREFIX, *probe] for probe in _PROBES])
+        return way(model, _read_prefix(model, _PROBE_PREFIX), probes)
+    return way(model, _NO_PREFIX, [[*_PROBE_PREFIX, *probe] for probe in probes])
 
 
 def _own_logits(model: Model, ids: Sequence[int]) -> Tensor:

@@ -81,17 +81,21 @@ class ScoreCache:
         return [known[key] for key in keys]
 
     def _file(self) -> Path:
-        """The file of this guard's identity; warns if it is new where others were before."""
+        """The file of this guard's identity; warns if its checkpoint is not the one of before."""
         name = re.sub(r"[^A-Za-z0-9_.-]+", "_", self._guard.name)
         folder = (self._folder or cache_dir() / "verdicts") / name
         file = folder / f"{blake2b(self._guard.identity.encode(), digest_size=16).hexdigest()}.db"
-        others = any(other != file for other in folder.glob("*.db"))
-        if others and not file.exists():
+        origin = blake2b(self._guard.origin.encode(), digest_size=8).hexdigest()
+        latest = folder / f"{origin}.latest"
+        before = latest.read_text() if latest.exists() else ""  # empty while another writes it
+        if before not in ("", file.name) and not file.exists():
             warnings.warn(
                 f"the guard {self._guard.name} is not the one whose verdicts are in {folder}: its "
-                "weights, its prompt or its settings changed; everything is judged anew",
+                "checkpoint changed; everything is judged anew",
                 stacklevel=4,
             )
+        folder.mkdir(parents=True, exist_ok=True)
+        latest.write_text(file.name)
         return file
 
     def _find(self, database: sqlite3.Connection, keys: Iterable[bytes]) -> dict[bytes, Verdict]:

@@ -112,8 +112,6 @@ class _Verdicts(Encoder):
         if sample["label"] is None:
             raise ValueError("has no label, which a guard is trained on; label it safe or unsafe")
         conversation = shown(sample["messages"], self._judge)
-        if not conversation or conversation[-1]["role"] != self._role:
-            raise ValueError("has no turn of the user before the answer, so no prompt to judge")
         try:
             [prompt] = self._prompts.render([conversation], {})
         except UnjudgeableError as error:
