@@ -264,3 +264,17 @@ def test_the_common_prefix_is_what_all_begin_with(
     prompts: list[list[int]], expected: list[int]
 ) -> None:
     assert common_prefix(prompts) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_way_in_which_prompts_see_each_other_a_little_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    def leaking(model: Any, prefix: Any, prompts: Any) -> Tensor:
+        logits = packed_logits(model, prefix, prompts)
+        return logits + 0.02 * logits.abs().max() * (prompts[0][-1] == 8)
+
+    model = model_of("llama", dtype)
+    monkeypatch.setattr(next_token, "packed_logits", leaking)
+    way, _ = next_token._find_way(model)
+    assert way is padded_logits
