@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from fedsafe.evaluation.guard_evaluation import WantedRecall, labelled_only, measure_guard
+from fedsafe.evaluation.guard_metrics import validation_part
 from fedsafe.safety.guard import Guard
+from fedsafe.safety.score_cache import conversation_key
 from fedsafe.types import Conversation, Verdict
 
 
@@ -83,6 +85,23 @@ def test_a_chosen_threshold_and_its_measure_share_no_conversation() -> None:
     assert result.choice.recall == np.mean(np.array(chosen_on) >= result.threshold) >= 0.9
     assert result.shortened == sum(each > 0.9 for each in measured)
     assert result.as_json()["choice"]["given"]["samples"] == len(measured)
+
+
+def test_the_threshold_is_chosen_on_the_validation_part_alone() -> None:
+    sizes = range(2, 100)
+    messages = samples(*((size, "safe") for size in sizes))["messages"]
+    keys = [conversation_key(each) for each in messages]
+    part = validation_part(keys, share=0.5, seed=1)
+    # the unsafe are longer there than elsewhere
+    labels = [size > (60 if there else 10) for size, there in zip(sizes, part, strict=True)]
+    data = samples(*((s, "unsafe" if u else "safe") for s, u in zip(sizes, labels, strict=True)))
+    result = measure_guard(LengthGuard(), data, wanted=WantedRecall(1.0, 0.5, seed=1))
+    shortest = min(s for s, there in zip(sizes, part, strict=True) if there and s > 60)
+    assert result.threshold == shortest / 100
+    assert result.choice is not None
+    assert result.choice.recall == 1.0
+    assert result.overall.recall is not None
+    assert result.overall.recall < 0.7
 
 
 def test_too_few_samples_to_choose_on_are_an_error() -> None:
