@@ -52,7 +52,7 @@ def test_the_guards_fit_a_terminal_of_80_columns_uncut() -> None:
     for heading in ("threshold", "accuracy", "precision", "recall", "F1", "AUPRC", "FPR"):
         assert heading in text
     [line] = [line for line in text.splitlines() if "after" in line]
-    assert line.split() == ["after", "0.1235", "66.7", "66.7", "66.7", "66.7", "80.6", "33.3"]
+    assert line.split() == ["after", "0.12345", "66.7", "66.7", "66.7", "66.7", "80.6", "33.3"]
     assert "6 labelled samples, 3 of them unsafe" in text
 
 
@@ -81,6 +81,16 @@ def test_a_chosen_threshold_says_what_it_costs() -> None:
         "there. Here it has 66.7 and flags 33.3 % of the safe; the threshold 0.8 has 33.3 and "
         "flags 33.3 %."
     )
+
+
+def test_a_threshold_that_is_typed_in_again_flags_what_it_did() -> None:
+    for threshold, text in {0.998780999: "0.99878", 0.99999999: "0.999999", 0.3: "0.3"}.items():
+        given = result("g", threshold=threshold)
+        assert f" {text} " in rendered(guards_table([given]))
+        assert f"| g | {text} |" in guards_markdown([given])
+        choice = Choice(0.9, samples=4, recall=1.0, given_threshold=threshold, given=SCORES)
+        [line] = choice_lines([result("g", threshold=threshold, choice=choice)])
+        assert line.count(f"the threshold {text} ") == 2
 
 
 def test_the_picture_marks_each_guard_where_it_works(

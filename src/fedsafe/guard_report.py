@@ -1,6 +1,7 @@
 """What a person looks at after a guard judged: tables for terminal and Markdown, and a picture."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from decimal import ROUND_FLOOR, Context, Decimal
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +73,13 @@ def choice_lines(results: Sequence[GuardResult]) -> list[str]:
     for result in results:
         if (choice := result.choice) is not None:
             lines.append(
-                f"{result.name}: the threshold {result.threshold:.4g} was chosen on "
+                f"{result.name}: the threshold {_threshold(result.threshold)} was chosen on "
                 f"{choice.samples:,} other samples for a recall of "
                 f"{_percent(choice.wanted_recall)} and has {_percent(choice.recall)} there. Here "
                 f"it has {_percent(result.overall.recall)} and flags "
                 f"{_percent(result.overall.false_positive_rate)} % of the safe; the threshold "
-                f"{choice.given_threshold:.4g} has {_percent(choice.given.recall)} and flags "
-                f"{_percent(choice.given.false_positive_rate)} %."
+                f"{_threshold(choice.given_threshold)} has {_percent(choice.given.recall)} and "
+                f"flags {_percent(choice.given.false_positive_rate)} %."
             )
     return lines
 
@@ -127,7 +128,7 @@ def draw_precision_recall(results: Sequence[GuardResult], file: Path) -> None:
         panel.step(recall, precision, where="post", label=result.name, color=colour, linestyle=line)
         scores = result.overall
         if scores.precision is not None and scores.recall is not None:
-            text = f"{result.name} at threshold {result.threshold:.3g}"
+            text = f"{result.name} at threshold {_threshold(result.threshold)}"
             panel.plot(scores.recall, scores.precision, "o", markersize=8, color=colour, label=text)
     chance = results[0].labels.mean()
     panel.axhline(chance, color="0.6", linewidth=1, label=f"chance: {chance:.0%} are unsafe")
@@ -146,7 +147,7 @@ def draw_precision_recall(results: Sequence[GuardResult], file: Path) -> None:
 
 def _guard_rows(results: Sequence[GuardResult]) -> Iterator[list[str]]:
     for result in results:
-        yield [result.name, f"{result.threshold:.4g}", *_cells(result.overall)]
+        yield [result.name, _threshold(result.threshold), *_cells(result.overall)]
 
 
 def _sizes(results: Sequence[GuardResult]) -> str:
@@ -174,6 +175,14 @@ def _markdown_rows(headings: Sequence[str], rows: Iterable[list[str]]) -> list[s
 
 def _cells(scores: GuardScores) -> list[str]:
     return [_percent(getattr(scores, name)) for name in FIGURES]
+
+
+def _threshold(value: float) -> str:
+    """At most six digits, never rounded up: what is typed in flags all that the value itself does.
+
+    By its shortest decimal form: 0.3 is 0.3, although the float is a little less.
+    """
+    return f"{float(Context(prec=6, rounding=ROUND_FLOOR).plus(Decimal(str(value)))):g}"
 
 
 def _percent(share: float | None) -> str:
