@@ -81,13 +81,22 @@ def test_a_row_without_training_names_no_aggregation() -> None:
     assert "none" not in rendered(results_table([summary_row("base", "none")]))
 
 
-def test_a_line_tells_what_each_filter_did() -> None:
-    counts = {"judged": 973.0, "unsafe": 113.3, "dropped": 113.3, "harm": 192.3, "harm_left": 79.0}
-    dropped = summary_row("fl_filter", "fedavg") | {"filter": counts}
-    kept = summary_row("fl_refuse", "fedavg") | {"filter": counts | {"dropped": 0.0}}
-    assert filter_lines([summary_row("fl", "fedavg"), dropped, kept]) == [
-        "fl_filter · fedavg: 12% of the samples dropped; 79 of 192 harmful ones got through",
-        "fl_refuse · fedavg: 12% of the samples refused; 79 of 192 harmful ones got through",
+@pytest.mark.parametrize(
+    ("counts", "line"),
+    [
+        ({"dropped": 113.3}, "12% dropped; 79 of 192"),
+        ({"refused": 113.3}, "12% refused; 79 of 192"),
+        ({"dropped": 11.3, "refused": 102.0}, "1% dropped, 10% refused; 79 of 192"),
+        ({"harm_left": 192.3}, "all kept; 192 of 192"),
+    ],
+    ids=["drop", "refuse", "refuse-without-room", "keep"],
+)
+def test_a_line_tells_what_each_filter_did(counts: dict[str, float], line: str) -> None:
+    found = {"judged": 973.0, "unsafe": 113.3, "dropped": 0.0, "refused": 0.0}
+    found |= {"harm": 192.3, "harm_left": 79.0}
+    filtered = summary_row("fl_filter", "fedavg") | {"filter": found | counts}
+    assert filter_lines([summary_row("fl", "fedavg"), filtered]) == [
+        f"fl_filter · fedavg: 12% of the samples unsafe, {line} harmful ones got through"
     ]
 
 
@@ -130,6 +139,7 @@ def filter_report(clients: list[FilterRow], **settings: Any) -> FilterReport:
         "threshold": 0.25,
         "held_out": FilterRow("held out", 7, 2, 2, 0, 5, 1, 1, 0),
         "num_shortened": 0,
+        "num_unjudged": 0,
     }
     return FilterReport(clients=clients, **(defaults | settings))
 
@@ -174,6 +184,25 @@ def test_the_filters_table_tells_what_was_judged_in_part() -> None:
     text = " ".join(rendered(filter_table(report)).split())
     assert "3 judged by their beginning and end alone" in text
     assert "held out" not in text
+
+
+def test_the_filters_table_tells_what_could_not_be_judged() -> None:
+    text = " ".join(rendered(filter_table(filter_report([ADA], num_unjudged=1234))).split())
+    assert "1,234 left out, the guard could not judge them" in text
+
+
+@pytest.mark.parametrize(
+    ("policy", "held_out", "warned"),
+    [("drop", 7, True), ("refuse", 7, True), ("keep", 7, False), ("drop", 0, False)],
+    ids=["drop", "refuse", "keep", "nothing held out"],
+)
+def test_the_filters_table_warns_that_the_validation_changed(
+    policy: str, held_out: int, warned: bool
+) -> None:
+    row = FilterRow("held out", held_out, 0, 0, 0, held_out, 0, 0, 0)
+    report = filter_report([ADA], policy=policy, held_out=row)
+    text = " ".join(rendered(filter_table(report)).split())
+    assert ("val/loss with and without a filter is not of the same samples" in text) == warned
 
 
 def test_of_many_filtered_clients_the_largest_are_shown() -> None:

@@ -1,6 +1,6 @@
 """What a person looks at: tables in the terminal, a picture in the run directory."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +97,21 @@ def filter_table(report: FilterReport) -> Table:
     for row in everything:
         if row.judged:
             table.add_row(*_filter_cells(row, counts))
-    table.caption = f"policy {report.policy}, unsafe from {report.threshold:g}"
-    if report.num_shortened:
-        table.caption += f"; {report.num_shortened:,} judged by their beginning and end alone"
+    table.caption = "; ".join(_filter_notes(report))
     return table
+
+
+def _filter_notes(report: FilterReport) -> Iterator[str]:
+    yield f"policy {report.policy}, unsafe from {report.threshold:g}"
+    if report.num_shortened:
+        yield f"{report.num_shortened:,} judged by their beginning and end alone"
+    if report.num_unjudged:
+        yield f"{report.num_unjudged:,} left out, the guard could not judge them"
+    if report.held_out.judged and report.policy != "keep":
+        yield (
+            "what is held out is filtered too: val/loss with and without a filter is not of the "
+            "same samples"
+        )
 
 
 def _filter_cells(row: FilterRow, counts: Sequence[str]) -> list[str]:
@@ -178,10 +189,11 @@ def filter_lines(summary: Sequence[dict[str, Any]]) -> list[str]:
     lines = []
     for row in summary:
         if (counts := row.get("filter")) is not None:
-            share = counts["unsafe"] / counts["judged"]
-            deed = "dropped" if counts["dropped"] else "refused"
+            shares = {name: counts[name] / counts["judged"] for name in ("unsafe", *DEEDS)}
+            deeds = [f"{shares[name]:.0%} {name}" for name in DEEDS if shares[name]]
+            done = f"{shares['unsafe']:.0%} of the samples unsafe, {', '.join(deeds) or 'all kept'}"
             left = f"{counts['harm_left']:,.0f} of {counts['harm']:,.0f} harmful ones got through"
-            lines.append(f"{_name_of(row)}: {share:.0%} of the samples {deed}; {left}")
+            lines.append(f"{_name_of(row)}: {done}; {left}")
     return lines
 
 

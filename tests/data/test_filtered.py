@@ -12,8 +12,9 @@ from word_guard import WordGuard
 from fedsafe.data.datamodule import FederatedDataModule
 from fedsafe.data.filtered import FilterRow
 from fedsafe.federated.partition import IID, Natural
+from fedsafe.safety import score_cache
 from fedsafe.safety.filter import SafetyFilter
-from fedsafe.safety.guard import UnjudgeableError
+from fedsafe.safety.guard import for_each
 
 HELD_BY = {"ada": 6, "bob": 3, "cyd": 4}
 UNSAFE = {"ada": (1, 4), "bob": (0, 1, 2), "cyd": ()}
@@ -24,7 +25,7 @@ DataMaker = Callable[..., FederatedDataModule]
 
 @pytest.fixture
 def conversations(tmp_path: Path, own_cache: Path) -> Path:
-    """13 samples; the word `red` makes 5 of them unsafe, the labels are right but for two."""
+    """13 samples; the word `red` makes 5 of them unsafe, the labels are right but for three."""
     rows = [
         {
             "prompt": f"{client} asks {number}",
@@ -35,7 +36,7 @@ def conversations(tmp_path: Path, own_cache: Path) -> Path:
         for client, size in HELD_BY.items()
         for number in range(size)
     ]
-    rows[0]["label"] = "unsafe"  # a miss
+    rows[0]["label"] = rows[2]["label"] = "unsafe"  # misses
     rows[1]["label"] = "safe"  # a false alarm
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -67,7 +68,7 @@ def texts(data: FederatedDataModule) -> list[list[str]]:
 
 def written(data: FederatedDataModule, folder: Path) -> list[dict[str, Any]]:
     data.write_verdicts(folder)
-    assert [f.name for f in folder.glob("filter.*")] == ["filter.jsonl"]
+    assert sorted(f.name for f in folder.glob("filter.*")) == ["filter.json", "filter.jsonl"]
     return [json.loads(line) for line in (folder / "filter.jsonl").read_text().splitlines()]
 
 
@@ -216,20 +217,20 @@ def test_the_report_counts_by_client(load: DataMaker) -> None:
     assert FilterRow._fields[1:6] == ("judged", "unsafe", "dropped", "refused", "left")
     assert FilterRow._fields[6:] == ("hits", "false_alarms", "misses")
     assert report.clients == [
-        FilterRow("ada", 6, 2, 2, 0, 4, 1, 1, 1),
+        FilterRow("ada", 6, 2, 2, 0, 4, 1, 1, 2),
         FilterRow("bob", 3, 3, 3, 0, 0, 3, 0, 0),
         FilterRow("cyd", 4, 0, 0, 0, 4, 0, 0, 0),
     ]
-    assert report.total == FilterRow("all 3", 13, 5, 5, 0, 8, 4, 1, 1)
+    assert report.total == FilterRow("all 3", 13, 5, 5, 0, 8, 4, 1, 2)
     assert [row.precision for row in report.clients] == [0.5, 1.0, None]
-    assert [row.recall for row in report.clients] == [0.5, 1.0, None]
+    assert [row.recall for row in report.clients] == [1 / 3, 1.0, None]
     assert load(None).filter_report is None
 
 
 @pytest.mark.filterwarnings("ignore:.*no sample left")
 def test_the_table_of_clients_shows_what_is_left_of_them(load: DataMaker) -> None:
     shares = {p: [row.harmful_share for row in load(p).client_rows()] for p in ("drop", "refuse")}
-    assert shares == {"drop": [0.25, None, 0.0], "refuse": [1 / 6, 0.0, 0.0]}
+    assert shares == {"drop": [0.5, None, 0.0], "refuse": [2 / 6, 0.0, 0.0]}
     sizes = [(row.samples, row.tokens > 0) for row in load("drop").client_rows()]
     assert sizes == [(4, True), (0, False), (4, True)]
 
@@ -268,30 +269,126 @@ def test_the_training_set_with_repaired_rows_travels_to_a_worker(load: DataMaker
     assert all(np.array_equal(copy[i][0], store[i][0]) for i in range(18))
 
 
+@pytest.mark.filterwarnings("ignore:.*no sample")
+def test_the_counts_are_written_for_machines(load: DataMaker, tmp_path: Path) -> None:
+    data = load("drop", threshold=0.25, validation_share=0.08)
+    data.write_verdicts(tmp_path)
+    counts = json.loads((tmp_path / "filter.json").read_text())
+    report = data.filter_report
+    assert report is not None
+    assert counts.pop("clients") == [row._asdict() for row in report.clients]
+    for name, row in (("total", report.total), ("held_out", report.held_out)):
+        assert {"client": row.client, **counts.pop(name)} == row._asdict()
+    about = {"guard": "word-guard", "policy": "drop", "threshold": 0.25}
+    assert counts == {**about, "shortened": 0, "unjudged": 0}
+
+
+@pytest.mark.filterwarnings("ignore:.*no sample left")
+def test_samples_are_judged_a_slice_at_a_time_with_the_same_verdicts(
+    load: DataMaker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = written(load("refuse"), tmp_path)
+    assert "Judging" not in capsys.readouterr().err
+    monkeypatch.setattr("fedsafe.data.filtered.CHUNK_SIZE", 5)
+    monkeypatch.setattr(score_cache, "cache_dir", lambda: tmp_path / "another")
+    guard = WordGuard("red")
+    assert written(load("refuse", guard=guard), tmp_path) == whole
+    assert [len(seen) for seen in guard.seen] == [5, 5, 3]
+    assert "Judging with word-guard" in capsys.readouterr().err
+
+
+def test_the_guard_is_released_when_all_is_judged(load: DataMaker) -> None:
+    calls = []
+
+    class Spy(WordGuard):
+        def judge(self, conversations):
+            calls.append("judge")
+            return super().judge(conversations)
+
+        def release(self):
+            calls.append("release")
+
+    load("keep", guard=Spy("red"))
+    assert calls == ["judge", "release"]
+
+
 class SpeechlessGuard(WordGuard):
     """Cannot judge what holds the word sky."""
 
     def judge(self, conversations):
-        for index, each in enumerate(conversations):
-            if "sky" in each[-1]["content"]:
-                raise UnjudgeableError({index: "it makes a prompt of 9 tokens"})
-        return super().judge(conversations)
+        return for_each(self._verdict, (each[-1]["content"] for each in conversations))
+
+    def _verdict(self, text):
+        if "sky" in text:
+            raise ValueError("it makes a prompt of 9 tokens")
+        return super()._verdict(text)
 
 
-def test_a_sample_that_cannot_be_judged_is_named_by_its_line_and_not_by_its_text(
+def test_samples_that_cannot_be_judged_are_named_by_their_lines_and_not_by_their_text(
+    load: DataMaker,
+) -> None:
+    message = (
+        r"8 of 13 rows cannot be used:\n"
+        r"  .*rows.jsonl, line 1: the guard word-guard cannot judge it: it makes a prompt of 9 .*\n"
+        r"(  .*, line (3|4|6|10): .*\n){4}  and 3 more\n.* set on_bad_row: skip"
+    )
+    with pytest.raises(ValueError, match=message) as caught:
+        load("drop", guard=SpeechlessGuard("red"))
+    assert "sky" not in str(caught.value)
+
+
+@pytest.mark.parametrize("chunk", [4, 512])
+@pytest.mark.filterwarnings("ignore:.*no sample left")
+def test_samples_that_cannot_be_judged_leave_their_clients(
+    load: DataMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr("fedsafe.data.filtered.CHUNK_SIZE", chunk)
+    rejected = tmp_path / "rejected.jsonl"
+    monkeypatch.setattr(FederatedDataModule, "_rejected_file", lambda self: rejected)
+    with pytest.warns(UserWarning, match=r"left out 8 of 13 rows \(all are listed in"):
+        data = load("keep", guard=SpeechlessGuard("red"), on_bad_row="skip")
+    assert data.partition.sizes.tolist() == [2, 3, 0]
+    assert all("red wine" in text for own in texts(data) for text in own)
+    rows = [json.loads(line) for line in rejected.read_text().splitlines()]
+    assert [row["row"] for row in rows] == [1, 3, 4, 6, 10, 11, 12, 13]
+    assert {row["reason"] for row in rows} == {
+        "the guard word-guard cannot judge it: it makes a prompt of 9 tokens"
+    }
+    assert [row["row"] for row in written(data, tmp_path / "run")] == [2, 5, 7, 8, 9]
+    report = data.filter_report
+    assert report is not None
+    assert (report.num_unjudged, report.total) == (8, FilterRow("all 3", 5, 5, 0, 0, 5, 4, 1, 0))
+
+
+def test_held_out_samples_that_cannot_be_judged_are_left_out_too(load: DataMaker) -> None:
+    settings = {"validation_share": 0.5, "partition": IID(2)}
+    plain = load(None, **settings)
+    before = [plain.tokenizer.decode(plain.store[i][0]) for i in plain._validation]
+    with pytest.warns(UserWarning, match="left out 8 of 13 rows"):
+        data = load("keep", guard=SpeechlessGuard(), on_bad_row="skip", **settings)
+    after = [data.tokenizer.decode(data.store[i][0]) for i in data._validation]
+    assert after == [text for text in before if "sky" not in text]
+    assert 0 < len(after) < len(before)
+
+
+def test_data_of_which_nothing_can_be_judged_is_an_error(
     load: DataMaker, conversations: Path
 ) -> None:
-    texts = [("a", "red wine"), ("b", ""), ("far " * 30, "red"), ("d", "red"), ("e", "blue sky")]
-    rows = [{"prompt": asked, "response": said, "client": "ada"} for asked, said in texts]
+    conversations.write_text('{"prompt": "a", "response": "sky", "client": "ada"}\n' * 2)
+    with pytest.raises(ValueError, match=r"no row of .*rows.jsonl can be used:\n.*cannot judge it"):
+        load("drop", guard=SpeechlessGuard("red"), on_bad_row="skip")
+
+
+def test_a_sample_that_cannot_be_judged_keeps_its_line_where_others_were_left_out(
+    load: DataMaker, conversations: Path
+) -> None:
+    asked = [("a", "red wine"), ("b", ""), ("far " * 30, "red"), ("d", "red"), ("e", "blue sky")]
+    rows = [{"prompt": text, "response": said, "client": "ada"} for text, said in asked]
     conversations.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"guard": SpeechlessGuard("red"), "max_length": 60, "on_bad_row": "skip"}
-    message = (
-        r"rows.jsonl, line 5: the guard word-guard cannot judge it: it makes a prompt of 9 tokens; "
-        "take the row out of the data, or change the guard's settings"
-    )
-    with (
-        pytest.raises(ValueError, match=message) as caught,
-        pytest.warns(UserWarning, match="left out 1 of 4 rows"),
-    ):
-        load("drop", **settings)
-    assert "blue" not in str(caught.value)
+    with pytest.warns(UserWarning, match="left out 1 of 3 rows:\n.*line 5: the guard word-guard"):
+        data = load("keep", **settings)
+    assert data.partition.sizes.tolist() == [2]

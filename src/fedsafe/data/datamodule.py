@@ -156,9 +156,9 @@ class FederatedDataModule(LightningDataModule):
         return self._filtered.report if self._filtered is not None else None
 
     def write_verdicts(self, folder: Path) -> None:
-        """Write the clients' `filter.jsonl`, if there is a filter."""
+        """Write the clients' `filter.jsonl` and the counts of it, if there is a filter."""
         if self._filtered is not None:
-            self._filtered.write(folder / "filter.jsonl")
+            self._filtered.write(folder)
 
     def identity(self) -> dict[str, Any]:
         """The settings that a resumed run must share with the run it resumes."""
@@ -301,6 +301,8 @@ class FederatedDataModule(LightningDataModule):
             validation=self._validation,
             tokenize=self._tokenize,
             seed=self.seed,
+            on_bad_row=self.on_bad_row,
+            rejected=self._rejected_file(),
         )
         if len(self._validation) and not len(filtered.validation):
             warn("the safety filter leaves no sample for validation", stacklevel=2)

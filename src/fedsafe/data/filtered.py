@@ -1,24 +1,28 @@
 """The safety filter on every client's samples: what each trains on, and what the guard said.
 
-Verdicts stay with the client, in `filter.jsonl`; what the server's side sees are counts.
+Verdicts stay with the client, in `filter.jsonl`; what the server's side sees are counts, in
+`filter.json`.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from warnings import warn
 
 import datasets
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
 
-from fedsafe.data.sources import place_of
+from fedsafe.data.sources import Rejected, bad_rows_error, no_rows_error, report_rejected
 from fedsafe.federated.partition import Partition
 from fedsafe.safety.filter import Policy, SafetyFilter
 from fedsafe.safety.guard import UnjudgeableError
-from fedsafe.types import Verdict
+from fedsafe.safety.score_cache import CHUNK_SIZE
+from fedsafe.types import Conversation, Verdict
 
 _CLIENTS_NAMED = 10
 _DIGITS = 6
@@ -68,12 +72,29 @@ class FilterReport:
     """The samples held out for validation."""
     num_shortened: int
     """Samples of which the guard saw the beginning and end only."""
+    num_unjudged: int
+    """Samples that the guard could not judge, which are left out and counted nowhere else."""
 
     @property
     def total(self) -> FilterRow:
         """All clients together, without the samples held out."""
         counts = np.array([row[1:] for row in self.clients]).sum(axis=0)
         return FilterRow(f"all {len(self.clients):,}", *counts.tolist())
+
+    def as_dict(self) -> dict[str, Any]:
+        """The contents of `filter.json`."""
+        total, held_out = self.total._asdict(), self.held_out._asdict()
+        del total["client"], held_out["client"]
+        return {
+            "guard": self.guard,
+            "policy": self.policy,
+            "threshold": self.threshold,
+            "total": total,
+            "held_out": held_out,
+            "shortened": self.num_shortened,
+            "unjudged": self.num_unjudged,
+            "clients": [row._asdict() for row in self.clients],
+        }
 
 
 @dataclass(frozen=True)
@@ -93,17 +114,23 @@ class FilteredSamples:
     report: FilterReport
     _record: "_Record"
 
-    def write(self, file: Path) -> None:
-        """Write a line a judged sample, client after client; whole or not at all."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        scratch = file.with_name(file.name + ".tmp")
-        with scratch.open("w", encoding="utf-8") as out:
-            for line in self._record.lines():
-                out.write(json.dumps(line, ensure_ascii=False) + "\n")
-        scratch.replace(file)
+    def write(self, folder: Path) -> None:
+        """Write `filter.jsonl`, a line a judged sample, and `filter.json`, counts; each whole."""
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in self._record.lines())
+        _write_whole(folder / "filter.jsonl", lines)
+        counts = json.dumps(self.report.as_dict(), ensure_ascii=False, indent=1) + "\n"
+        _write_whole(folder / "filter.json", [counts])
 
 
-def filter_samples(
+def _write_whole(file: Path, parts: Iterable[str]) -> None:
+    scratch = file.with_name(file.name + ".tmp")
+    with scratch.open("w", encoding="utf-8") as out:
+        out.writelines(parts)
+    scratch.replace(file)
+
+
+def filter_samples(  # noqa: PLR0913
     rule: SafetyFilter,
     *,
     samples: datasets.Dataset,
@@ -112,6 +139,8 @@ def filter_samples(
     validation: Indices,
     tokenize: Callable[[datasets.Dataset], datasets.Dataset],
     seed: int,
+    on_bad_row: Literal["error", "skip"] = "error",
+    rejected: Path | None = None,
 ) -> FilteredSamples:
     """Let every client judge its samples, and do with the unsafe ones what the policy says.
 
@@ -126,24 +155,18 @@ def filter_samples(
         validation: Which of them are held out.
         tokenize: Makes tokens of repaired samples, as `tokens` was made; may leave some out.
         seed: Decides, with each sample's content, which refusal it gets.
+        on_bad_row: `error` stops at samples that the guard cannot judge; `skip` leaves them out.
+        rejected: JSONL file to which samples that are left out so are added.
 
     Raises:
-        ValueError: If nearly everything is unsafe, no client has a sample left, or a sample cannot
-            be judged.
+        ValueError: If nearly everything is unsafe, no client has a sample left, or samples cannot
+            be judged and are not to be skipped.
     """
     judged = samples.select(tokens["sample"][:])
-    try:
-        verdicts = rule.verdicts(judged["messages"])
-    except UnjudgeableError as error:
-        index, reason = next(iter(error.reasons.items()))
-        row = judged[index]
-        raise ValueError(
-            f"{place_of(row['source'], row['row'])}: the guard {rule.guard.name} cannot judge it: "
-            f"{reason}; take the row out of the data, or change the guard's settings"
-        ) from error
-    is_unsafe = np.array([rule.is_unsafe(verdict) for verdict in verdicts])
-    rule.check_share(int(is_unsafe.sum()), num_judged=len(verdicts))
-    new = np.arange(len(verdicts))
+    verdicts = _judge(rule, judged, skip=on_bad_row == "skip", rejected=rejected)
+    is_unsafe = verdicts.is_unsafe
+    rule.check_share(int(is_unsafe.sum()), num_judged=int(verdicts.is_judged.sum()))
+    new = np.where(verdicts.is_judged, np.arange(len(judged)), -1)
     if rule.policy != "keep":
         new[is_unsafe] = -1
     if rule.policy == "refuse" and is_unsafe.any():
@@ -159,9 +182,82 @@ def filter_samples(
         tokens=tokens,
         partition=left,
         validation=held_out[held_out >= 0],
-        report=_report(record, is_unsafe),
+        report=_report(record),
         _record=record,
     )
+
+
+@dataclass(frozen=True)
+class _Verdicts:
+    """What the guard said of each of many samples, in a few bytes each."""
+
+    unsafe: NDArray[np.float64]
+    """Probability; NaN where the guard could not judge."""
+    is_unsafe: NDArray[np.bool_]
+    is_shortened: NDArray[np.bool_]
+    categories: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    """Where there are any."""
+
+    @property
+    def is_judged(self) -> NDArray[np.bool_]:
+        return ~np.isnan(self.unsafe)
+
+    def put(self, place: int, verdict: Verdict, *, is_unsafe: bool) -> None:
+        self.unsafe[place] = verdict.unsafe
+        self.is_unsafe[place] = is_unsafe
+        self.is_shortened[place] = verdict.shortened
+        if verdict.categories:
+            self.categories[place] = verdict.categories
+
+
+def _judge(
+    rule: SafetyFilter, samples: datasets.Dataset, *, skip: bool, rejected: Path | None
+) -> _Verdicts:
+    """Judge samples, as many at a time as are kept on disk at once."""
+    num = len(samples)
+    verdicts = _Verdicts(np.full(num, np.nan), np.zeros(num, np.bool_), np.zeros(num, np.bool_))
+    bad: list[Rejected] = []
+    for start in _starts(num, title=f"Judging with {rule.guard.name}"):
+        rows = samples[start : start + CHUNK_SIZE]
+        judged, reasons = _judge_slice(rule, rows["messages"])
+        for index, verdict in judged.items():
+            verdicts.put(start + index, verdict, is_unsafe=rule.is_unsafe(verdict))
+        bad += [
+            Rejected(rows["source"][index], rows["row"][index], reason)
+            for index, reason in sorted(reasons.items())
+        ]
+        if bad and not skip:
+            raise bad_rows_error(bad, total=start + len(rows["row"]))
+    if len(bad) == num:
+        raise no_rows_error(bad, names=sorted({each.source for each in bad}))
+    if bad:
+        report_rejected(bad, total=num, rejected=rejected)
+    return verdicts
+
+
+def _judge_slice(
+    rule: SafetyFilter, conversations: list[Conversation]
+) -> tuple[dict[int, Verdict], dict[int, str]]:
+    """Verdicts by index; and why the guard cannot judge the others, by index."""
+    places, reasons = list(range(len(conversations))), dict[int, str]()
+    while places:
+        try:
+            verdicts = rule.verdicts([conversations[place] for place in places])
+        except UnjudgeableError as error:
+            why = f"the guard {rule.guard.name} cannot judge it: "
+            reasons |= {places[index]: why + each for index, each in error.reasons.items()}
+            places = [place for place in places if place not in reasons]
+        else:
+            return dict(zip(places, verdicts, strict=True)), reasons
+    return {}, reasons
+
+
+def _starts(num: int, *, title: str) -> Iterable[int]:
+    """Where each slice of `CHUNK_SIZE` starts; shows progress where there are several."""
+    starts = range(0, num, CHUNK_SIZE)
+    if len(starts) < 2:
+        return starts
+    return track(starts, description=title, console=Console(stderr=True))
 
 
 def _repaired(samples: datasets.Dataset, rule: SafetyFilter, *, seed: int) -> datasets.Dataset:
@@ -194,7 +290,7 @@ class _Record(NamedTuple):
 
     rule: SafetyFilter
     samples: datasets.Dataset
-    verdicts: Sequence[Verdict]
+    verdicts: _Verdicts
     new: Indices
     """Number of the row that each row became; -1 for none."""
     partition: Partition
@@ -204,28 +300,31 @@ class _Record(NamedTuple):
     def lines(self) -> Iterator[dict[str, Any]]:
         """The lines of `filter.jsonl`."""
         sources, rows = self.samples["source"][:], self.samples["row"][:]
+        verdicts = self.verdicts
         for client, place in self._places():
-            verdict = self.verdicts[place]
             line = {
                 "client": client,
                 "source": sources[place],
                 "row": rows[place],
-                "unsafe": round(verdict.unsafe, _DIGITS),
-                "categories": list(verdict.categories),
-                "guard": verdict.guard,
+                "unsafe": round(float(verdicts.unsafe[place]), _DIGITS),
+                "categories": list(verdicts.categories.get(place, ())),
+                "guard": self.rule.guard.name,
                 "action": self._action(place),
             }
-            if verdict.shortened:
+            if verdicts.is_shortened[place]:
                 line["shortened"] = True
             if self.rule.record_text:
                 line["messages"] = self.samples[place]["messages"]
             yield line
 
     def _places(self) -> Iterator[tuple[str | None, int]]:
-        """The rows, client after client; those held out are nobody's."""
+        """The rows that were judged, client after client; those held out are nobody's."""
+        is_judged = self.verdicts.is_judged
         for client, name in enumerate(self.partition.names):
-            yield from ((name, place) for place in self.partition.samples_of(client).tolist())
-        yield from ((None, place) for place in self.validation.tolist())
+            held = self.partition.samples_of(client)
+            yield from ((name, place) for place in held[is_judged[held]].tolist())
+        held_out = self.validation[is_judged[self.validation]]
+        yield from ((None, place) for place in held_out.tolist())
 
     def _action(self, place: int) -> str:
         if self.new[place] == place:
@@ -233,18 +332,18 @@ class _Record(NamedTuple):
         return "dropped" if self.new[place] < 0 else "refused"
 
 
-def _report(record: _Record, is_unsafe: NDArray[np.bool_]) -> FilterReport:
+def _report(record: _Record) -> FilterReport:
     label = np.asarray(record.samples["label"], dtype=object)
-    ones = np.ones(len(label), dtype=np.bool_)
+    is_judged, is_unsafe = record.verdicts.is_judged, record.verdicts.is_unsafe
     columns = (
-        ones,
+        is_judged,
         is_unsafe,
-        record.new < 0,
+        is_judged & (record.new < 0),
         record.new >= len(label),
         record.new >= 0,
         is_unsafe & (label == "unsafe"),
         is_unsafe & (label == "safe"),
-        ~is_unsafe & (label == "unsafe"),
+        is_judged & ~is_unsafe & (label == "unsafe"),
     )
     counts = np.stack([record.partition.sums(column) for column in columns], axis=1).tolist()
     held_out = [int(column[record.validation].sum()) for column in columns]
@@ -255,5 +354,6 @@ def _report(record: _Record, is_unsafe: NDArray[np.bool_]) -> FilterReport:
         threshold=rule.threshold,
         clients=[FilterRow(n, *c) for n, c in zip(record.partition.names, counts, strict=True)],
         held_out=FilterRow("held out", *held_out),
-        num_shortened=sum(verdict.shortened for verdict in record.verdicts),
+        num_shortened=int(record.verdicts.is_shortened.sum()),
+        num_unjudged=int((~is_judged).sum()),
     )
