@@ -114,8 +114,12 @@ def test_a_file_without_rows_is_an_error(name: str, content: str | None, message
             {"messages": None, "prompt": "a", "response": "b"},
             {"messages": None, "prompt": "a", "response": "X"},
         ),
+        (
+            {"prompt": "a", "response": " safe", "label": "safe", "raw": "safe\n", "n": "b"},
+            {"prompt": "a", "response": "X", "label": "safe", "raw": "X", "n": "b"},
+        ),
     ],
-    ids=["prompt", "echo", "instruction", "null messages"],
+    ids=["prompt", "echo", "instruction", "null messages", "copy"],
 )
 def test_an_answer_is_replaced_in_its_format(
     record: dict[str, Any], expected: dict[str, Any]
@@ -123,16 +127,18 @@ def test_an_answer_is_replaced_in_its_format(
     assert with_answer(record, "X") == expected
 
 
-def test_only_the_last_turn_and_a_copy_of_it_are_replaced() -> None:
+def test_beside_messages_every_answer_is_replaced() -> None:
     turns = [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b"},
         {"role": "user", "content": "c"},
         {"role": "assistant", "content": "b", "weight": 1},
     ]
-    record = {"messages": turns, "response": "b", "output": "other"}
+    record = {"messages": turns, "response": "b ", "output": "other", "raw": None}
     changed = with_answer(record, "X")
     assert changed["messages"] == [*turns[:3], {**turns[3], "content": "X"}]
-    assert (changed["response"], changed["output"]) == ("X", "other")
+    assert (changed["response"], changed["output"], changed["raw"]) == ("X", "X", None)
+    assert "response" not in with_answer({"messages": turns}, "X")
+    assert with_answer({**record, "response": None}, "X")["response"] is None
     assert record["messages"][-1]["content"] == "b"
     assert sources._parse(changed)["messages"][-1]["content"] == "X"

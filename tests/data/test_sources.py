@@ -182,7 +182,7 @@ BAD_ROWS = {
     "no object": (["Hi", "Hello."], "holds a list, not an object"),
     "role": (
         {"messages": [{"role": "human", "content": "Hi"}]},
-        "turn 0 has role 'human', not system, user or assistant",
+        "the role of turn 0 is text of 5 characters, not system, user or assistant",
     ),
     "last turn": ({"messages": EXCHANGE[:1]}, "the last turn is not the assistant's"),
     "no turn": ({"messages": []}, "the last turn is not the assistant's"),
@@ -196,8 +196,8 @@ BAD_ROWS = {
         {"messages": [EXCHANGE[0], {"role": "assistant", "content": ""}]},
         r"`messages\[1\].content` is empty",
     ),
-    "label": ({**GOOD, "label": "harmful"}, "`label` is 'harmful', not safe or unsafe"),
-    "label type": ({**GOOD, "label": ["safe"]}, r"`label` is \['safe'\], not safe or unsafe"),
+    "label": ({**GOOD, "label": "harmful"}, "`label` is text of 7 characters, not safe or unsafe"),
+    "label type": ({**GOOD, "label": ["safe"]}, "`label` is list, not safe or unsafe"),
     "client type": ({**GOOD, "client": 1.5}, "`client` is float, not text"),
     "category type": ({**GOOD, "category": True}, "`category` is bool, not text"),
     "name surrogate": ({"a\ud800": 1}, r"none of the formats .*: a\?"),
@@ -213,6 +213,16 @@ def test_a_bad_row_is_an_error_with_file_line_and_reason(kind: str) -> None:
         ValueError, match=f"1 of 2 rows cannot be used:\n  a.jsonl, line 2: .*{reason}"
     ):
         load_samples(path)
+
+
+def test_a_csv_without_a_header_shows_little_of_its_first_row() -> None:
+    first = ["a" * 20, "b" * 21, *(f"cell {n}" for n in range(5))]
+    row = ",".join(first)
+    Path("a.csv").write_text(f"{row}\n{row}\n")
+    with pytest.raises(ValueError, match="cannot be used") as error:
+        load_samples("a.csv")
+    named = f"its columns: {first[0]}, {'b' * 20}…, cell 0, cell 1, cell 2, and 2 more\n"
+    assert named in str(error.value)
 
 
 def test_all_bad_rows_come_in_one_error_with_the_first_five_listed() -> None:

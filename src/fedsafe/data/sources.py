@@ -24,8 +24,9 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 from fedsafe.data.readers import READERS, Row
 from fedsafe.types import Conversation, Label, Sample, Turn
 
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
 _NUM_SHOWN = 5
+_NAME_LENGTH = 20
 _FORMATS = {
     "messages": ("messages",),
     "prompt/response": ("prompt", "response"),
@@ -147,16 +148,21 @@ def iterate_file(name: str) -> Iterator[CheckedRow]:
 def with_answer(record: dict[str, Any], answer: str) -> dict[str, Any]:
     """A usable row with another last answer, in whichever of the formats it is.
 
-    A row that holds its answer twice, as `messages` and as `response`, gets both replaced.
+    No copy of the former answer is left: beside `messages` a `response` and an `output` are always
+    replaced, and so is any other column with the same text.
     """
-    former = _parse(record)["messages"][-1]["content"]
-    changed = {
-        name: answer if name in ("response", "output") and value == former else value
-        for name, value in record.items()
-    }
-    if record.get("messages"):
-        *turns, last = record["messages"]
-        changed["messages"] = [*turns, {**last, "content": answer}]
+    former = _parse(record)["messages"][-1]["content"].strip()
+    turns = record.get("messages")
+
+    def is_answer(name: str, value: object) -> bool:
+        if turns and name in ("response", "output") and value is not None:
+            return True
+        may_hold_it = name in ("response", "output") or name not in _KNOWN
+        return may_hold_it and isinstance(value, str) and value.strip() == former
+
+    changed = {n: answer if is_answer(n, value) else value for n, value in record.items()}
+    if turns:
+        changed["messages"] = [*turns[:-1], {**turns[-1], "content": answer}]
     return changed
 
 
@@ -322,10 +328,22 @@ def _format_of(fields: dict[str, Any]) -> tuple[str, ...]:
     for names in _FORMATS.values():
         missing = [name for name in names if name not in fields]
         if len(missing) < len(names):
-            raise _BadRowError(f"has no `{missing[0]}` (its columns: {', '.join(fields)})")
+            raise _BadRowError(f"has no `{missing[0]}` (its columns: {_shortened(fields)})")
     raise _BadRowError(
-        f"is in none of the formats {', '.join(_FORMATS)}; its columns: {', '.join(fields) or '-'}"
+        f"is in none of the formats {', '.join(_FORMATS)}; its columns: {_shortened(fields)}"
     )
+
+
+def _shortened(columns: Iterable[str]) -> str:
+    """Names of columns in brief: those of a CSV without a header are its first row's text."""
+    names = [n if len(n) <= _NAME_LENGTH else f"{n[:_NAME_LENGTH]}…" for n in columns]
+    more = [f"and {len(names) - _NUM_SHOWN} more"] if len(names) > _NUM_SHOWN else []
+    return ", ".join(names[:_NUM_SHOWN] + more) or "-"
+
+
+def _kind(value: object) -> str:
+    """What a value is, without its text."""
+    return f"text of {len(value)} characters" if isinstance(value, str) else type(value).__name__
 
 
 def _messages(turns: object) -> Conversation:
@@ -335,7 +353,9 @@ def _messages(turns: object) -> Conversation:
     for index, turn in enumerate(turns):
         role = turn.get("role")
         if role not in ("system", "user", "assistant"):
-            raise _BadRowError(f"turn {index} has role {role!a:.30}, not system, user or assistant")
+            raise _BadRowError(
+                f"the role of turn {index} is {_kind(role)}, not system, user or assistant"
+            )
         name = f"messages[{index}].content"
         content = _text({name: turn.get("content")}, name, may_be_empty=role == "system")
         conversation.append(Turn(role=role, content=content))
@@ -369,5 +389,5 @@ def _name(fields: dict[str, Any], name: str) -> str | None:
 def _label(fields: dict[str, Any]) -> Label | None:
     value = fields.get("label")
     if value not in (None, "safe", "unsafe"):
-        raise _BadRowError(f"`label` is {value!a:.30}, not safe or unsafe")
+        raise _BadRowError(f"`label` is {_kind(value)}, not safe or unsafe")
     return cast(Label | None, value)
