@@ -313,6 +313,14 @@ def test_a_row_that_the_guard_cannot_judge_can_be_an_error_that_writes_nothing(
     assert {path.name for path in Path().iterdir()} == {"in.jsonl", "cache"}
 
 
+@pytest.mark.usefixtures("speechless")
+def test_a_guard_that_can_judge_no_row_writes_nothing(capsys: Captured) -> None:
+    assert filtered(write("in.jsonl", row("a mute swan"), BAD, row("a mute cat"))) == 1
+    error = capsys.readouterr().err
+    assert "cannot judge 2 of 2 rows, most often: its prompt is too long" in error
+    assert {path.name for path in Path().iterdir()} == {"in.jsonl", "cache"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["drop", "refuse"])
 def test_killed_and_run_again_gives_the_same_files(folder: Path, policy: str) -> None:

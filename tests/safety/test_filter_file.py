@@ -1,4 +1,8 @@
 import json
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -158,6 +162,32 @@ def test_an_error_leaves_files_as_they_were() -> None:
     assert {path: path.read_text() for path in Path("out").iterdir()} == before
 
 
+def test_two_processes_do_not_write_over_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = Outputs(Path("out/kept.jsonl")), Outputs(Path("out/kept.jsonl"))
+    (row,) = filter_all([checked(1, "blue")])
+    with ours.open():
+        ours.write(row)
+        with monkeypatch.context() as other:
+            other.setattr("os.getpid", os.getppid)
+            with theirs.open():
+                theirs.write(BAD.rejected or row)
+        assert Path("out/kept.jsonl").read_text() == ""
+    assert json.loads(Path("out/kept.jsonl").read_text()) == checked(1, "blue").record
+
+
+def test_what_a_killed_process_left_is_removed() -> None:
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    Path("out").mkdir()
+    names = [f".kept.jsonl.{platform.node()}-{pid}.part" for pid in (killed.pid, os.getppid())]
+    names += [f".kept.jsonl.elsewhere-{killed.pid}.part", ".kept.jsonl.mine.part"]
+    for name in names:
+        Path("out", name).touch()
+    write_out([checked(1, "blue")])
+    hidden = {path.name for path in Path("out").iterdir() if path.name.startswith(".")}
+    assert hidden == set(names[1:])
+
+
 def _fail_after_writing(outputs: Outputs) -> None:
     outputs.write(Rejected("in.jsonl", 1, "bad"))
     raise OSError("no place for this")
@@ -204,6 +234,32 @@ def test_later_windows_are_judged_though_one_has_nothing_left(
     actions = [action_of(row) for row in judged_by(rows)]
     assert actions[-1] == "kept"
     assert all("cannot be judged" in action for action in actions[:-1])
+
+
+def test_a_guard_that_can_judge_no_row_is_an_error() -> None:
+    rows = [checked(1, "mute 1"), BAD, checked(3, "mute 3")]
+    message = (
+        "the guard red cannot judge 2 of 2 rows, most often: it makes a prompt of 9 tokens; likely "
+        "the guard is set up wrongly"
+    )
+    with pytest.raises(ValueError, match=message):
+        judged_by(rows)
+
+
+def test_a_guard_that_cannot_judge_most_of_a_window_is_an_error_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fedsafe.safety.filter_file.CHUNK_SIZE", 20)
+    half = [checked(n, f"{'mute' if n < 10 else 'blue'} {n}") for n in range(20)]
+    windows = filtered([*half, checked(0, "mute 0"), *half[:-1]], SafetyFilter(SpeechlessGuard()))
+    assert len(next(windows)) == 20
+    with pytest.raises(ValueError, match="cannot judge 11 of 20 rows"):
+        next(windows)
+
+
+def test_bad_rows_say_nothing_of_the_guard() -> None:
+    rows = [*[BAD] * 30, *(checked(n, f"mute {n}") for n in range(10)), checked(11, "blue")]
+    assert len(judged_by(rows)) == 41
 
 
 def test_a_row_that_cannot_be_judged_can_be_an_error() -> None:

@@ -80,8 +80,9 @@ def filter(  # noqa: PLR0913
         max_unsafe_share: Share of unsafe rows in the whole file above which nothing is written: a
             guard that flags nearly everything is set up wrongly. Policy `keep` never stops.
         rejected: JSONL file for the rows that are dropped, in place of NAME.rejected.jsonl.
-        on_bad_row: Skip rows that cannot be used and list them in NAME.bad.jsonl, or stop with an
-            error before anything is judged.
+        on_bad_row: Skip rows that cannot be used, or that the guard cannot judge, and list them in
+            NAME.bad.jsonl; or stop with an error, which says of unusable rows before anything is
+            judged. A guard that can judge none of the rows, or few of many, always stops.
         overwrite: Whether files of an earlier command may be replaced.
     """
     safety = SafetyFilter(guard, policy, judge, threshold, refusals, max_unsafe_share)

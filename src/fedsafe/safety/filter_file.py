@@ -4,11 +4,17 @@ Holds one window of rows at a time, so that memory does not grow with the file.
 """
 
 import json
+import os
+import platform
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from glob import escape
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO
+
+import psutil
 
 from fedsafe.data.sources import (
     CheckedRow,
@@ -27,6 +33,8 @@ from fedsafe.types import Sample, Verdict
 OnBadRow = Literal["error", "skip"]
 
 _DIGITS = 6
+_SUSPICIOUS_ROWS = 20
+"""A window of so many rows, most of which cannot be judged, speaks of the guard and not of them."""
 _SEED = 0
 """Which refusal a sample gets depends on its text alone: the same file gives the same file."""
 
@@ -88,29 +96,54 @@ def filtered(
     A window is as much as the filter keeps on disk at once: what is killed loses one window.
 
     Raises:
-        ValueError: If the guard cannot judge a row, and such rows are not to be skipped.
+        ValueError: If the guard cannot judge a row, and such rows are not to be skipped; or if it
+            can judge none at all, or less than half of a window.
     """
     stream = iter(rows)
+    all_reasons: Counter[str] = Counter()
+    num_judged = 0
     while window := list(islice(stream, CHUNK_SIZE)):
-        window, judged = _judge(window, safety, on_bad_row=on_bad_row)
+        window, judged, reasons = _judge(window, safety, on_bad_row=on_bad_row)
+        num_usable = len(judged) + len(reasons)
+        if num_usable >= _SUSPICIOUS_ROWS and 2 * len(reasons) > num_usable:
+            raise _wrong_guard(Counter(reasons), safety, num_usable=num_usable)
+        all_reasons.update(reasons)
+        num_judged += len(judged)
         verdicts = iter(judged)
         yield [
             row.rejected or _apply(row, safety, next(verdicts))  # in the order of the rows
             for row in window
         ]
+    if all_reasons and num_judged == 0:
+        raise _wrong_guard(all_reasons, safety, num_usable=all_reasons.total())
+
+
+def _wrong_guard(reasons: Counter[str], safety: SafetyFilter, *, num_usable: int) -> ValueError:
+    (commonest, _) = reasons.most_common(1)[0]
+    return ValueError(
+        f"the guard {safety.guard.name} cannot judge {reasons.total():,} of {num_usable:,} rows, "
+        f"most often: {commonest}; likely the guard is set up wrongly, otherwise take these rows "
+        "out"
+    )
 
 
 def _judge(
     window: list[CheckedRow], safety: SafetyFilter, *, on_bad_row: OnBadRow
-) -> tuple[list[CheckedRow], list[Verdict]]:
-    """The rows, bad ones too where the guard cannot judge them, and the verdicts of the others."""
+) -> tuple[list[CheckedRow], list[Verdict], list[str]]:
+    """The rows, the verdicts of those that are good, why the guard cannot judge others.
+
+    A row that it cannot judge is a bad one now.
+    """
+    reasons: list[str] = []
     while True:
         good = [place for place, row in enumerate(window) if row.sample is not None]
         samples = [row.sample for row in window if row.sample is not None]
         try:
-            return window, safety.verdicts([sample["messages"] for sample in samples])
+            verdicts = safety.verdicts([sample["messages"] for sample in samples])
+            return window, verdicts, reasons
         except UnjudgeableError as error:
             window = list(window)
+            reasons += error.reasons.values()
             for index, reason in error.reasons.items():
                 source, row = samples[index]["source"], samples[index]["row"]
                 if on_bad_row == "error":
@@ -159,8 +192,8 @@ def _as_text(value: object) -> str:
 class Outputs:
     """The files of one filtering, beside each other.
 
-    They are written under other names and moved to their places together, when all is done: a
-    file that is there is whole.
+    They are written under other names, which no other process uses, and moved to their places
+    together, when all is done: a file that is there is whole.
 
     Args:
         kept: JSONL file for the rows that are kept; its name gives those of the others.
@@ -203,9 +236,10 @@ class Outputs:
     @contextmanager
     def open(self) -> Iterator[None]:
         """Open the files; move them to their places if no error ends the block."""
-        scratch = {path: path.with_name(f".{path.name}.part") for path in self.paths}
+        scratch = {path: _scratch(path, os.getpid()) for path in self.paths}
         for path in self.paths:
             path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(path)
         try:
             with ExitStack() as stack:
                 for path, place in scratch.items():
@@ -240,6 +274,18 @@ class Outputs:
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write what came out."""
         self._files[self.summary].write(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+
+
+def _scratch(path: Path, process: int | str) -> Path:
+    return path.with_name(f".{path.name}.{platform.node()}-{process}.part")
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what killed processes of this machine left of a file."""
+    for place in path.parent.glob(_scratch(Path(escape(path.name)), "*").name):
+        process = place.name.removesuffix(".part").rpartition("-")[2]
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            place.unlink(missing_ok=True)
 
 
 def _verdict_columns(verdict: Verdict) -> dict[str, Any]:
