@@ -45,19 +45,16 @@ class Fits:
     def __init__(self, folder: Path) -> None:
         self.calls: list[list[str]] = []
         self._folder = folder
+        counts = {"judged": 9, "unsafe": 5, "dropped": 5, "refused": 0}
+        total = {**counts, "hits": 3, "false_alarms": 2, "misses": 1}
+        self.filtered: dict[str, Any] = {"policy": "drop", "total": total}
+        """What its `filter.json` says."""
 
     def __call__(self, arguments: list[str]) -> None:
         self.calls.append(arguments)
         run_dir = Path(self.overrides()["run_dir"])
         run_dir.mkdir(parents=True)
-        verdicts = [
-            {"client": "a", "row": 1, "action": "dropped"},  # harmful
-            {"client": "a", "row": 2, "action": "kept"},
-            {"client": "b", "row": 3, "action": "kept"},  # harmful
-            {"client": "b", "row": 4, "action": "dropped"},
-            {"client": None, "row": 5, "action": "dropped"},  # harmful and held out
-        ]
-        (run_dir / "filter.jsonl").write_text("".join(json.dumps(v) + "\n" for v in verdicts))
+        (run_dir / "filter.json").write_text(json.dumps(self.filtered))
 
     def overrides(self, call: int = -1) -> dict[str, Any]:
         files = [part for part in self.calls[call] if part.endswith("overrides.yaml")]
@@ -90,7 +87,6 @@ def test_a_cell_of_other_settings_is_run_anew_and_not_resumed(
     folder: Path, fits: Fits, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     row = FILTERED if change == "guard" else FL
-    clients(folder, row)
     run_cell(cell_of(folder, row), fits)
     if change == "config":
         (folder / "tiny.yaml").write_text("rounds: 2\n")
@@ -134,18 +130,12 @@ def test_what_a_cell_prints_goes_to_its_log(
     assert capfd.readouterr() == ("after\n", "")
 
 
-def clients(folder: Path, row: Row = FILTERED) -> None:
-    labels = ["unsafe", "safe", "unsafe", "safe", "unsafe"]
-    text = "".join(json.dumps({"label": label}) + "\n" for label in labels)
-    (cell_of(folder, row).world / "clients.jsonl").write_text(text)
-
-
 def test_a_filtered_cell_is_given_its_guard_and_counts_what_it_did(
     folder: Path, fits: Fits
 ) -> None:
-    clients(folder)
     found = run_cell(cell_of(folder, FILTERED), fits)
-    assert found["filter"] == {"judged": 4, "unsafe": 2, "dropped": 2, "harm": 2, "harm_left": 1}
+    counts = {"judged": 9, "unsafe": 5, "dropped": 5, "refused": 0}
+    assert found["filter"] == {**counts, "harm": 4, "harm_left": 1}
     guard, run = fits.overrides()["data"]["filter"]["guard"], guard_of(folder)
     assert guard["class_path"] == "fedsafe.safety.guard_model.GuardModel"
     assert guard["init_args"] == {
@@ -154,6 +144,13 @@ def test_a_filtered_cell_is_given_its_guard_and_counts_what_it_did(
         "adapter": str(run.folder / "fit" / "adapter"),
         "name": "good",
     }
+
+
+def test_behind_a_filter_that_keeps_all_harm_is_left(folder: Path, fits: Fits) -> None:
+    fits.filtered["policy"] = "keep"
+    fits.filtered["total"]["dropped"] = 0
+    found = run_cell(cell_of(folder, FILTERED), fits)["filter"]
+    assert [found[name] for name in ("unsafe", "dropped", "harm", "harm_left")] == [5, 0, 4, 4]
 
 
 def test_a_cell_without_a_guard_filters_nothing(folder: Path, fits: Fits) -> None:

@@ -201,7 +201,7 @@ def _train_and_evaluate(cell: Cell, fit: Fit) -> dict[str, Any]:
     adapted, tokenizer = load_trained(run_dir / "adapter", base=base)
     result: dict[str, Any] = {"metrics": evaluate(adapted, tokenizer, seed=cell.seed)}
     if cell.guard is not None:
-        result["filter"] = _filter_counts(run_dir / "filter.jsonl", cell.world / "clients.jsonl")
+        result["filter"] = _filter_counts(run_dir / "filter.json")
     return result
 
 
@@ -225,18 +225,14 @@ def _cell_overrides(cell: Cell) -> dict[str, Any]:
     }
 
 
-def _filter_counts(verdicts: Path, clients: Path) -> dict[str, int]:
+def _filter_counts(file: Path) -> dict[str, int]:
     """What a filter did to the samples that clients would have trained on, in numbers."""
-    labels = [json.loads(line)["label"] for line in clients.read_text().splitlines()]
-    lines = [json.loads(line) for line in verdicts.read_text().splitlines()]
-    judged = [line for line in lines if line["client"] is not None]  # the others are held out
-    harmful = [line for line in judged if labels[line["row"] - 1] == "unsafe"]
+    done = json.loads(file.read_text())
+    total = done["total"]
     return {
-        "judged": len(judged),
-        "unsafe": sum(line["action"] != "kept" for line in judged),
-        "dropped": sum(line["action"] == "dropped" for line in judged),
-        "harm": len(harmful),
-        "harm_left": sum(line["action"] == "kept" for line in harmful),
+        **{name: total[name] for name in ("judged", "unsafe", "dropped", "refused")},
+        "harm": total["hits"] + total["misses"],
+        "harm_left": total["misses"] + (total["hits"] if done["policy"] == "keep" else 0),
     }
 
 
