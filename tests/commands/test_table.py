@@ -28,7 +28,8 @@ def results(*, failed: bool) -> dict[str, Any]:
     failure = {"run": "fl-fedavg-seed1", "error": "ValueError: no data"}
     shares = dict.fromkeys([*FIGURES, "recall_taught", "recall_untaught"], 0.5)
     guard = {"name": "leaky", "stage": "after", **shares}
-    counts = {"judged": 100, "unsafe": 20, "dropped": 20, "harm": 30, "harm_left": 10}
+    counts = {"judged": 100, "unsafe": 20, "dropped": 20, "refused": 0}
+    counts |= {"harm": 30, "harm_left": 10}
     row["filter"] = counts
     failures = [failure] if failed else []
     return {"rows": [], "summary": [row], "guards": [guard], "failed": failures}
