@@ -57,7 +57,7 @@ def test_it_prints_the_table_and_where_the_files_are(
     assert "fl · fedavg" in out
     assert "50 ±1" in out
     assert "leaky  after" in out
-    assert "fl · fedavg: 20% of the samples dropped; 10 of 30 harmful ones got through" in out
+    assert "fl · fedavg: 20% of the samples unsafe, 20% dropped; 10 of 30 harmful" in out
     assert "table.json" in out
     assert (tmp_path / "out" / "table.png").exists()
     assert len(out.splitlines()) < 25
