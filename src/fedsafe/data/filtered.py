@@ -20,9 +20,8 @@ from rich.progress import track
 from fedsafe.data.sources import Rejected, bad_rows_error, no_rows_error, report_rejected
 from fedsafe.federated.partition import Partition
 from fedsafe.safety.filter import Policy, SafetyFilter
-from fedsafe.safety.guard import UnjudgeableError
 from fedsafe.safety.score_cache import CHUNK_SIZE
-from fedsafe.types import Conversation, Verdict
+from fedsafe.types import Verdict
 
 _CLIENTS_NAMED = 10
 _DIGITS = 6
@@ -217,13 +216,14 @@ def _judge(
     num = len(samples)
     verdicts = _Verdicts(np.full(num, np.nan), np.zeros(num, np.bool_), np.zeros(num, np.bool_))
     bad: list[Rejected] = []
+    why = f"the guard {rule.guard.name} cannot judge it: "
     for start in _starts(num, title=f"Judging with {rule.guard.name}"):
         rows = samples[start : start + CHUNK_SIZE]
-        judged, reasons = _judge_slice(rule, rows["messages"])
+        judged, reasons = rule.judge_each(rows["messages"])
         for index, verdict in judged.items():
             verdicts.put(start + index, verdict, is_unsafe=rule.is_unsafe(verdict))
         bad += [
-            Rejected(rows["source"][index], rows["row"][index], reason)
+            Rejected(rows["source"][index], rows["row"][index], f"{why}{reason}")
             for index, reason in sorted(reasons.items())
         ]
         if bad and not skip:
@@ -233,23 +233,6 @@ def _judge(
     if bad:
         report_rejected(bad, total=num, rejected=rejected)
     return verdicts
-
-
-def _judge_slice(
-    rule: SafetyFilter, conversations: list[Conversation]
-) -> tuple[dict[int, Verdict], dict[int, str]]:
-    """Verdicts by index; and why the guard cannot judge the others, by index."""
-    places, reasons = list(range(len(conversations))), dict[int, str]()
-    while places:
-        try:
-            verdicts = rule.verdicts([conversations[place] for place in places])
-        except UnjudgeableError as error:
-            why = f"the guard {rule.guard.name} cannot judge it: "
-            reasons |= {places[index]: why + each for index, each in error.reasons.items()}
-            places = [place for place in places if place not in reasons]
-        else:
-            return dict(zip(places, verdicts, strict=True)), reasons
-    return {}, reasons
 
 
 def _starts(num: int, *, title: str) -> Iterable[int]:

@@ -9,7 +9,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Literal, final
 
-from fedsafe.safety.guard import Guard, shown
+from fedsafe.safety.guard import Guard, UnjudgeableError, shown
 from fedsafe.safety.score_cache import ScoreCache, conversation_key
 from fedsafe.types import Conversation, JudgedPart, Turn, Verdict
 
@@ -76,6 +76,21 @@ class SafetyFilter:
     def verdicts(self, conversations: Sequence[Conversation]) -> list[Verdict]:
         """The guard's verdict on each sample, in order; kept ones are not judged again."""
         return self._cache.verdicts([shown(each, self.judge) for each in conversations])
+
+    def judge_each(
+        self, conversations: Sequence[Conversation]
+    ) -> tuple[dict[int, Verdict], dict[int, str]]:
+        """Verdicts by index; and by index why the guard cannot judge the others."""
+        places, reasons = list(range(len(conversations))), dict[int, str]()
+        while places:
+            try:
+                verdicts = self.verdicts([conversations[place] for place in places])
+            except UnjudgeableError as error:
+                reasons |= {places[index]: each for index, each in error.reasons.items()}
+                places = [place for place in places if place not in reasons]
+            else:
+                return dict(zip(places, verdicts, strict=True)), reasons
+        return {}, reasons
 
     def is_unsafe(self, verdict: Verdict) -> bool:
         """Whether a verdict reaches the threshold."""

@@ -26,7 +26,6 @@ from fedsafe.data.sources import (
     with_answer,
 )
 from fedsafe.safety.filter import SafetyFilter
-from fedsafe.safety.guard import UnjudgeableError
 from fedsafe.safety.score_cache import CHUNK_SIZE
 from fedsafe.types import Sample, Verdict
 
@@ -134,25 +133,20 @@ def _judge(
 
     A row that it cannot judge is a bad one now.
     """
-    reasons: list[str] = []
-    while True:
-        good = [place for place, row in enumerate(window) if row.sample is not None]
-        samples = [row.sample for row in window if row.sample is not None]
-        try:
-            verdicts = safety.verdicts([sample["messages"] for sample in samples])
-            return window, verdicts, reasons
-        except UnjudgeableError as error:
-            window = list(window)
-            reasons += error.reasons.values()
-            for index, reason in error.reasons.items():
-                source, row = samples[index]["source"], samples[index]["row"]
-                if on_bad_row == "error":
-                    raise ValueError(
-                        f"{place_of(source, row)}: cannot be judged: {reason}; take the row out, "
-                        "or set on_bad_row: skip"
-                    ) from error
-                bad = Rejected(source, row, f"cannot be judged: {reason}")
-                window[good[index]] = CheckedRow({}, None, bad)
+    good = [place for place, row in enumerate(window) if row.sample is not None]
+    samples = [row.sample for row in window if row.sample is not None]
+    verdicts, reasons = safety.judge_each([sample["messages"] for sample in samples])
+    window = list(window)
+    for index, reason in reasons.items():
+        source, row = samples[index]["source"], samples[index]["row"]
+        if on_bad_row == "error":
+            raise ValueError(
+                f"{place_of(source, row)}: cannot be judged: {reason}; take the row out, or set "
+                "on_bad_row: skip"
+            )
+        bad = Rejected(source, row, f"cannot be judged: {reason}")
+        window[good[index]] = CheckedRow({}, None, bad)
+    return window, list(verdicts.values()), list(reasons.values())
 
 
 def _apply(row: CheckedRow, safety: SafetyFilter, verdict: Verdict) -> FilteredRow:

@@ -94,8 +94,9 @@ class ScoreCache:
                 "checkpoint changed; everything is judged anew",
                 stacklevel=4,
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        latest.write_text(file.name)
+        if before != file.name:
+            folder.mkdir(parents=True, exist_ok=True)
+            latest.write_text(file.name)
         return file
 
     def _find(self, database: sqlite3.Connection, keys: Iterable[bytes]) -> dict[bytes, Verdict]:
