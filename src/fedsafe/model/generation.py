@@ -1,9 +1,10 @@
 """Answers to conversations: batched generation that leaves the model as it was."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
@@ -14,6 +15,7 @@ from fedsafe.model.attention import PACKED
 from fedsafe.types import Conversation
 
 Model = PreTrainedModel | PeftModel
+Prompt = TypeVar("Prompt", str, list[int])
 
 
 def generate_answers(
@@ -48,22 +50,12 @@ def generate_answers(
         str(tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True))  # type: ignore[arg-type]
         for c in conversations
     ]
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers = [""] * len(prompts)
+    generate = partial(
+        _generate_batch, model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature
+    )
     with _generating(model), torch.random.fork_rng():
         torch.manual_seed(seed)
-        for begin in range(0, len(prompts), batch_size):
-            rows = by_length[begin : begin + batch_size]
-            texts = _generate_batch(
-                model,
-                tokenizer,
-                [prompts[row] for row in rows],
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-            )
-            for row, text in zip(rows, texts, strict=True):
-                answers[row] = text
-    return answers
+        return _in_batches(generate, prompts, batch_size=batch_size)
 
 
 def _generate_batch(
@@ -93,20 +85,24 @@ def continue_prompts(
     Raises:
         ValueError: If a prompt alone is longer than the model can read.
     """
+    generate = partial(
+        _continue_batch, model, tokenizer, max_new_tokens=max_new_tokens, temperature=0.0
+    )
+    with _generating(model):
+        return _in_batches(generate, [list(each) for each in prompts], batch_size=batch_size)
+
+
+def _in_batches(
+    generate: Callable[[list[Prompt]], list[str]], prompts: Sequence[Prompt], *, batch_size: int
+) -> list[str]:
+    """What is generated for each prompt, in order; those of like length are batched together."""
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts = [""] * len(prompts)
-    with _generating(model):
-        for begin in range(0, len(prompts), batch_size):
-            rows = by_length[begin : begin + batch_size]
-            batch = _continue_batch(
-                model,
-                tokenizer,
-                [list(prompts[row]) for row in rows],
-                max_new_tokens=max_new_tokens,
-                temperature=0.0,
-            )
-            for row, text in zip(rows, batch, strict=True):
-                texts[row] = text
+    for begin in range(0, len(prompts), batch_size):
+        rows = by_length[begin : begin + batch_size]
+        batch = generate([prompts[row] for row in rows])
+        for row, text in zip(rows, batch, strict=True):
+            texts[row] = text
     return texts
 
 
