@@ -19,12 +19,11 @@ from rich.progress import track
 
 from fedsafe.data.sources import Rejected, bad_rows_error, no_rows_error, report_rejected
 from fedsafe.federated.partition import Partition
-from fedsafe.safety.filter import Policy, SafetyFilter
+from fedsafe.safety.filter import Policy, SafetyFilter, verdict_columns
 from fedsafe.safety.score_cache import CHUNK_SIZE
 from fedsafe.types import Verdict
 
 _CLIENTS_NAMED = 10
-_DIGITS = 6
 
 Indices = NDArray[np.int64]
 
@@ -285,17 +284,19 @@ class _Record(NamedTuple):
         sources, rows = self.samples["source"][:], self.samples["row"][:]
         verdicts = self.verdicts
         for client, place in self._places():
+            verdict = Verdict(
+                float(verdicts.unsafe[place]),
+                verdicts.categories.get(place, ()),
+                self.rule.guard.name,
+                bool(verdicts.is_shortened[place]),
+            )
             line = {
                 "client": client,
                 "source": sources[place],
                 "row": rows[place],
-                "unsafe": round(float(verdicts.unsafe[place]), _DIGITS),
-                "categories": list(verdicts.categories.get(place, ())),
-                "guard": self.rule.guard.name,
+                **verdict_columns(verdict),
                 "action": self._action(place),
             }
-            if verdicts.is_shortened[place]:
-                line["shortened"] = True
             if self.rule.record_text:
                 line["messages"] = self.samples[place]["messages"]
             yield line

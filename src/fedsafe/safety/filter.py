@@ -7,7 +7,7 @@ reads a file.
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Literal, final
+from typing import Any, Literal, final
 
 from fedsafe.safety.guard import Guard, UnjudgeableError, shown
 from fedsafe.safety.score_cache import ScoreCache, conversation_key
@@ -15,6 +15,7 @@ from fedsafe.types import Conversation, JudgedPart, Turn, Verdict
 
 Policy = Literal["drop", "refuse", "keep"]
 
+_DIGITS = 6
 _DEFAULT_REFUSALS = Path(__file__).with_name("refusals.txt")
 
 
@@ -117,6 +118,16 @@ class SafetyFilter:
             f"template, the threshold {self.threshold:g} is too low for it, or it does not know "
             "the language. Look at its verdicts with policy: keep, or raise max_unsafe_share"
         )
+
+
+def verdict_columns(verdict: Verdict) -> dict[str, Any]:
+    """A verdict as `filter.jsonl` holds it."""
+    columns: dict[str, Any] = {
+        "unsafe": round(verdict.unsafe, _DIGITS),
+        "categories": list(verdict.categories),
+        "guard": verdict.guard,
+    }
+    return {**columns, "shortened": True} if verdict.shortened else columns
 
 
 def _read_refusals(file: Path) -> list[str]:

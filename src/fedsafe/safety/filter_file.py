@@ -25,13 +25,12 @@ from fedsafe.data.sources import (
     place_of,
     with_answer,
 )
-from fedsafe.safety.filter import SafetyFilter
+from fedsafe.safety.filter import SafetyFilter, verdict_columns
 from fedsafe.safety.score_cache import CHUNK_SIZE
 from fedsafe.types import Sample, Verdict
 
 OnBadRow = Literal["error", "skip"]
 
-_DIGITS = 6
 _SUSPICIOUS_ROWS = 20
 """A window of so many rows, most of which cannot be judged, speaks of the guard and not of them."""
 _SEED = 0
@@ -257,7 +256,7 @@ class Outputs:
         if isinstance(row, Rejected):
             self._files[self.bad].write(json_line(row._asdict()))
             return
-        verdict = _verdict_columns(row.verdict)
+        verdict = verdict_columns(row.verdict)
         place = {name: row.sample[name] for name in ("client", "source", "row")}
         self._files[self.judged].write(json_line({**place, **verdict, "action": row.action}))
         if row.kept is None:
@@ -280,15 +279,6 @@ def _remove_leftovers(path: Path) -> None:
         process = place.name.removesuffix(".part").rpartition("-")[2]
         if process.isdigit() and not psutil.pid_exists(int(process)):
             place.unlink(missing_ok=True)
-
-
-def _verdict_columns(verdict: Verdict) -> dict[str, Any]:
-    columns: dict[str, Any] = {
-        "unsafe": round(verdict.unsafe, _DIGITS),
-        "categories": list(verdict.categories),
-        "guard": verdict.guard,
-    }
-    return {**columns, "shortened": True} if verdict.shortened else columns
 
 
 def _with_verdict(record: dict[str, Any], verdict: dict[str, Any]) -> dict[str, Any]:
