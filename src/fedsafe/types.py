@@ -38,6 +38,34 @@ class Sample(TypedDict):
     """Line (JSONL, CSV; from 1) or row (from 0) in the source, for error messages."""
 
 
+class RedTeamPrompt(NamedTuple):
+    """What the server asks the model in order to see it answer badly."""
+
+    messages: Conversation
+    """Ends with the user's turn."""
+    response: str | None
+    """A red response to revise; None where the model is to give one."""
+    source: str
+    """File or hub name that it came from."""
+    row: int
+    """Line (JSONL, CSV; from 1) or row (from 0) in the source."""
+
+
+class PreferencePair(NamedTuple):
+    """A better and a worse answer to one prompt."""
+
+    prompt: Conversation
+    """Ends with the user's turn."""
+    chosen: str
+    """The better answer; in constitutional training the revised response."""
+    rejected: str | None
+    """The worse answer, the red response; None where there is only a good one, for SFT alone."""
+    source: str
+    """File or hub name that it came from; `round 3` where the server made it."""
+    row: int
+    """Line (JSONL, CSV; from 1) or row (from 0) in the source."""
+
+
 class TokenizedConversation(NamedTuple):
     """Token ids of one conversation and which of them the loss is computed on."""
 

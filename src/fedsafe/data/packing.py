@@ -54,17 +54,46 @@ class Pack:
 
 
 @dataclass
-class TrainingBatch(Pack):
-    """A pack and its place in the run.
+class SupervisedBatch(Pack):
+    """A pack to train on.
 
     Attributes:
-        key: Round, visit, client and step.
         normalizer: Answer tokens of the whole optimizer step; the step's loss is the sum over them,
             divided by it.
     """
 
-    key: BatchKey
     normalizer: int
+
+
+@dataclass
+class TrainingBatch(SupervisedBatch):
+    """A pack of a client's samples and its place in the run.
+
+    Attributes:
+        key: Round, visit, client and step.
+    """
+
+    key: BatchKey
+
+
+@dataclass
+class PreferenceBatch(Pack):
+    """Better and worse answers to the same prompts, laid end to end: chosen, rejected, chosen, ...
+
+    Attributes:
+        reference: Log-probability of each answer under the reference adapter, summed over its
+            tokens, nats, shape ``(2P,)``, float32, in the order of the segments.
+        num_pairs: Pairs of the whole optimizer step; the step's loss is the mean over them.
+        num_chosen_tokens: Tokens of the chosen answers of the whole optimizer step.
+        beta: Strength of the pull to the reference, > 0.
+        nll_weight: Weight of the chosen answers' mean negative log-likelihood in the loss, >= 0.
+    """
+
+    reference: Tensor
+    num_pairs: int
+    num_chosen_tokens: int
+    beta: float
+    nll_weight: float
 
 
 def pack(samples: Sequence[tuple[NDArray[np.int32], NDArray[np.bool_]]]) -> Pack:

@@ -25,6 +25,11 @@ class Stream(IntEnum):
     FAILURE = 2
     SAMPLES = 3
     DROPOUT = 4
+    RED_TEAM = 5
+    SERVER_SAMPLES = 6
+    PRINCIPLE = 7
+    SPEECH = 8
+    SERVER_DROPOUT = 9
 
 
 def random_stream(stream: Stream, *key: int) -> np.random.Generator:
