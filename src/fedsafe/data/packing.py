@@ -95,6 +95,11 @@ class PreferenceBatch(Pack):
     beta: float
     nll_weight: float
 
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> Self:
+        """The same batch with its tensors on `device`."""
+        moved = super().to(device, non_blocking=non_blocking)
+        return replace(moved, reference=self.reference.to(device, non_blocking=non_blocking))
+
 
 def pack(samples: Sequence[tuple[NDArray[np.int32], NDArray[np.bool_]]]) -> Pack:
     """Lay samples end to end.
@@ -122,12 +127,12 @@ def pack(samples: Sequence[tuple[NDArray[np.int32], NDArray[np.bool_]]]) -> Pack
 
 
 def pack_batch(store: TokenStore, key: BatchKey) -> TrainingBatch:
-    """The training batch for `key`."""
+    """The training batch for `key`; without a sample its loss is 0, and so are its gradients."""
     packed = pack([store[index] for index in key.samples.tolist()])
     normalizer = sum(packed.target_counts)
     if key.num_micro > 1:
         normalizer = sum(count_targets(store, index) for index in key.step_samples.tolist())
-    return TrainingBatch(**vars(packed), key=key, normalizer=normalizer)
+    return TrainingBatch(**vars(packed), key=key, normalizer=max(1, normalizer))
 
 
 def count_targets(store: TokenStore, index: int) -> int:

@@ -1,7 +1,8 @@
 """`LoraLM`: a frozen causal language model with a LoRA adapter, as a LightningModule."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -11,13 +12,20 @@ from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 from torchmetrics import MeanMetric
 
-from fedsafe.data.packing import Pack, TrainingBatch
+from fedsafe.data.packing import Pack, PreferenceBatch, SupervisedBatch, TrainingBatch
 from fedsafe.federated.schedule import Stream, derive_seed
 from fedsafe.model import attention as packed
 from fedsafe.model.adapter import FlatAdapter
 from fedsafe.model.learning_rate import LearningRateSchedule, learning_rate_factor
 from fedsafe.model.lora import add_lora, load_base
-from fedsafe.model.objectives import frozen_head_nll, nll, sft_loss
+from fedsafe.model.objectives import (
+    dpo_loss,
+    dpo_margins,
+    frozen_head_nll,
+    nll,
+    sft_loss,
+    sums_per_sample,
+)
 from fedsafe.model.probes import check_isolation, head_is_plain
 
 
@@ -168,12 +176,34 @@ class LoraLM(LightningModule):
         hidden = base.base_model(**inputs).last_hidden_state[0, batch.predictors]
         return frozen_head_nll(hidden, base.get_output_embeddings().weight, batch.targets)
 
-    def training_step(self, batch: TrainingBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Mean loss over the optimizer step's answer tokens, and this batch's sum."""
-        nll_sum = self(batch)
-        # Lightning divides by the number of accumulated batches; the normalizer counts all of them
-        loss = sft_loss(nll_sum, normalizer=batch.normalizer) * batch.key.num_micro
-        return {"loss": loss, "nll_sum": nll_sum.detach().sum()}
+    def training_step(
+        self, batch: SupervisedBatch | PreferenceBatch, batch_idx: int
+    ) -> dict[str, Tensor]:
+        """This batch's part of the optimizer step's loss.
+
+        Returns:
+            `loss`; `nll_sum`, the sum over the answer tokens, for preferences over those of the
+            chosen answers; and for preferences `num_preferred`, the pairs of which the better
+            answer became likelier, against the worse one, than the reference has it.
+        """
+        nll_per_token = self(batch)
+        if isinstance(batch, PreferenceBatch):
+            return _preference_step(nll_per_token, batch)
+        loss = sft_loss(nll_per_token, normalizer=batch.normalizer)
+        if isinstance(batch, TrainingBatch):
+            # Lightning divides by the number of accumulated batches; the normalizer counts all
+            loss = loss * batch.key.num_micro
+        return {"loss": loss, "nll_sum": nll_per_token.detach().sum()}
+
+    @torch.no_grad()
+    def answer_logprobs(self, batch: Pack) -> Tensor:
+        """Log-probability of each sample's answer, summed over its tokens, without dropout.
+
+        Returns:
+            Nats, shape ``(num_samples,)``, float32.
+        """
+        with self._evaluating():
+            return -sums_per_sample(self(batch), batch.target_counts)
 
     def validation_step(self, batch: Pack, batch_idx: int) -> None:
         """Log the loss per answer token over the validation samples."""
@@ -262,13 +292,33 @@ class LoraLM(LightningModule):
 
     def _probe(self) -> bool:
         """Whether the output layer is a plain product; refuses a model that mixes samples."""
-        model = self.peft_model
-        was_training = model.training
-        model.eval()  # dropout would make two passes differ
-        check_isolation(model.get_base_model(), self._inputs)
-        plain = head_is_plain(model.get_base_model(), self._inputs)
-        model.train(was_training)
-        return plain
+        base = self.peft_model.get_base_model()
+        with self._evaluating():  # dropout would make two passes differ
+            check_isolation(base, self._inputs)
+            return head_is_plain(base, self._inputs)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        was_training = self.peft_model.training
+        self.peft_model.eval()
+        try:
+            yield
+        finally:
+            self.peft_model.train(was_training)
+
+
+def _preference_step(nll_per_token: Tensor, batch: PreferenceBatch) -> dict[str, Tensor]:
+    logprobs = -sums_per_sample(nll_per_token, batch.target_counts).view(-1, 2)
+    reference = batch.reference.view(-1, 2)
+    chosen_nll = -logprobs[:, 0]
+    loss = dpo_loss(logprobs, reference, beta=batch.beta).sum() / batch.num_pairs
+    if batch.nll_weight > 0:
+        loss = loss + batch.nll_weight * sft_loss(chosen_nll, normalizer=batch.num_chosen_tokens)
+    return {
+        "loss": loss,
+        "nll_sum": chosen_nll.detach().sum(),
+        "num_preferred": (dpo_margins(logprobs.detach(), reference) > 0).sum(),
+    }
 
 
 def _check_schedule(

@@ -4,14 +4,19 @@ The output layer is frozen, so its part of the loss can hand the gradient to the
 once, a block of tokens at a time: the logits of all tokens, ``N x V``, never exist, and are not
 kept for the backward pass.
 
-Shapes: N tokens with a loss, D hidden size, V vocabulary.
+Shapes: N tokens with a loss, D hidden size, V vocabulary, S samples, P pairs of a better and a
+worse answer.
 
 References:
     Hsu et al. (2024), Liger Kernel, section 3.2 (fused linear cross entropy).
     https://arxiv.org/abs/2410.10989
+    Rafailov et al. (2023), Direct Preference Optimization, section 4.
+    https://arxiv.org/abs/2305.18290
+    Pang et al. (2024), Iterative Reasoning Preference Optimization, section 2 (the likelihood of
+    the better answer in the loss). https://arxiv.org/abs/2404.19733
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -90,3 +95,39 @@ def sft_loss(nll_N: Tensor, *, normalizer: int) -> Tensor:  # noqa: N803
         normalizer: Answer tokens of the whole optimizer step, >= 1; N where the step is one batch.
     """
     return nll_N.sum() / normalizer
+
+
+def sums_per_sample(values_N: Tensor, counts: Sequence[int]) -> Tensor:  # noqa: N803
+    """Sum the values of each sample, shape ``(S,)``.
+
+    Args:
+        values_N: One value a token with a loss, sample after sample, shape ``(N,)``.
+        counts: Number of these tokens in each sample; they sum to N.
+    """
+    return torch.stack([values.sum() for values in values_N.split(list(counts))])
+
+
+def dpo_margins(logprobs_P2: Tensor, reference_P2: Tensor) -> Tensor:  # noqa: N803
+    """How much the policy moved from the worse answer to the better one, nats, shape ``(P,)``.
+
+    ``(log pi(y_c) - log ref(y_c)) - (log pi(y_r) - log ref(y_r))``: the difference of DPO's
+    implicit rewards, over beta.
+
+    Args:
+        logprobs_P2: Log-probability of the better and the worse answer under the policy, summed
+            over its tokens, shape ``(P, 2)``.
+        reference_P2: The same under the reference.
+    """
+    moved = logprobs_P2 - reference_P2
+    return moved[:, 0] - moved[:, 1]
+
+
+def dpo_loss(logprobs_P2: Tensor, reference_P2: Tensor, *, beta: float) -> Tensor:  # noqa: N803
+    """Direct preference optimisation: ``-log sigmoid(beta * margin)`` of each pair, shape ``(P,)``.
+
+    Args:
+        logprobs_P2: As for `dpo_margins`; gradients flow to them.
+        reference_P2: As for `dpo_margins`; a constant.
+        beta: Strength of the pull to the reference, > 0.
+    """
+    return -nn.functional.logsigmoid(beta * dpo_margins(logprobs_P2, reference_P2))
