@@ -70,6 +70,6 @@ def test_every_data_file_is_packaged(file: Path, patterns: list[str]) -> None:
 
 
 def test_a_file_that_no_pattern_names_is_not_packaged(patterns: list[str]) -> None:
-    openings = PACKAGE / "evaluation" / "refusal_openings.txt"
+    openings = PACKAGE / "safety" / "refusal_openings.txt"
     assert openings in DATA_FILES
     assert openings not in packaged([each for each in patterns if not each.endswith(".txt")])

@@ -141,4 +141,4 @@ def test_beside_messages_every_answer_is_replaced() -> None:
     assert "response" not in with_answer({"messages": turns}, "X")
     assert with_answer({**record, "response": None}, "X")["response"] is None
     assert record["messages"][-1]["content"] == "b"
-    assert sources._parse(changed)["messages"][-1]["content"] == "X"
+    assert sources.parse_sample(changed)["messages"][-1]["content"] == "X"

@@ -182,7 +182,7 @@ BAD_ROWS = {
     "no object": (["Hi", "Hello."], "holds a list, not an object"),
     "role": (
         {"messages": [{"role": "human", "content": "Hi"}]},
-        "the role of turn 0 is text of 5 characters, not system, user or assistant",
+        r"the role of `messages\[0\]` is text of 5 characters, not system, user or assistant",
     ),
     "last turn": ({"messages": EXCHANGE[:1]}, "the last turn is not the assistant's"),
     "no turn": ({"messages": []}, "the last turn is not the assistant's"),

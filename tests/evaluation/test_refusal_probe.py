@@ -10,7 +10,8 @@ import yaml
 
 from fedsafe.cli import main
 from fedsafe.evaluation import refusal_probe
-from fedsafe.evaluation.refusal_probe import RefusalProbe, common_openings, opens_with
+from fedsafe.evaluation.refusal_probe import RefusalProbe
+from fedsafe.safety.refusal_openings import common_openings
 
 Captured = pytest.CaptureFixture[str]
 Fit = Callable[..., list[dict[str, Any]]]
@@ -113,33 +114,24 @@ def test_a_probe_without_validation_is_an_error(fit: Fit, prompts: Path, capsys:
     assert "no sample is held out; set data.validation_share above 0" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "is empty; give a JSONL file"),
-        ("\n\n", "is empty; give a JSONL file"),
-        ('{"prompt": "a"}\n{"promt": "b"}\n', r"prompts.jsonl:2 has no prompt \(KeyError"),
-        ('{"prompt": "a"}\n\n{"prompt"\n', r"prompts.jsonl:3 has no prompt \(JSONDecodeError"),
-        ('["a"]\n', r"prompts.jsonl:1 has no prompt \(TypeError"),
-        ('{"prompt": 7}\n', "prompts.jsonl:1 has the prompt 7; give some text"),
-        ('{"prompt": " "}\n', "prompts.jsonl:1 has the prompt ' '; give some text"),
-    ],
-)
-def test_a_bad_file_of_prompts_is_an_error(prompts: Path, text: str, message: str) -> None:
-    prompts.write_text(text)
-    with pytest.raises(ValueError, match=message):
+def test_a_bad_file_of_prompts_is_an_error(prompts: Path) -> None:
+    prompts.write_text('{"prompt": "a"}\n{"promt": "b"}\n')
+    with pytest.raises(ValueError, match=r"prompts.jsonl, line 2: has a column `promt`; rename"):
         RefusalProbe(str(prompts)).setup(None, None, "fit")  # type: ignore[arg-type]
-
-
-def test_a_missing_file_of_prompts_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"there is no file nowhere.jsonl of prompts"):
-        RefusalProbe("nowhere.jsonl").setup(None, None, "fit")  # type: ignore[arg-type]
 
 
 def test_only_the_first_prompts_are_asked(prompts: Path) -> None:
     probe = RefusalProbe(str(prompts), num_prompts=2)
     probe.setup(None, None, "fit")  # type: ignore[arg-type]
-    assert probe.prompts == ["question 0", "question 1"]
+    assert probe.prompts == [[{"role": "user", "content": f"question {n}"}] for n in range(2)]
+
+
+def test_a_prompt_of_several_turns_is_asked_whole(prompts: Path) -> None:
+    turns = [{"role": r, "content": "hi"} for r in ("system", "user", "assistant", "user")]
+    prompts.write_text(json.dumps({"prompt": turns}))
+    probe = RefusalProbe(str(prompts))
+    probe.setup(None, None, "fit")  # type: ignore[arg-type]
+    assert probe.prompts == [turns]
 
 
 @pytest.mark.parametrize("name", ["num_prompts", "every_n_rounds"])
@@ -151,11 +143,3 @@ def test_zero_prompts_or_rounds_are_an_error(name: str) -> None:
 def test_openings_of_ones_own_replace_the_common_ones() -> None:
     assert RefusalProbe("p", openings=["nope"]).openings == ["nope"]
     assert RefusalProbe("p").openings == common_openings()
-    assert opens_with("Nope  never", ["nope never"])
-    assert not opens_with("well, nope", ["nope"])
-
-
-def test_common_openings_are_lower_case_and_never_empty() -> None:
-    openings = common_openings()
-    assert len(openings) > 10
-    assert all(opening and opening == opening.strip().lower() for opening in openings)

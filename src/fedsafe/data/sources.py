@@ -11,7 +11,6 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from difflib import get_close_matches
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -21,12 +20,21 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
+from fedsafe.data.fields import (
+    NUM_SHOWN,
+    BadRowError,
+    fields_of,
+    kind,
+    refuse_misspelt,
+    shortened,
+    text_of,
+    turns_of,
+    unread_in_turns,
+)
 from fedsafe.data.readers import READERS, Row
 from fedsafe.types import Conversation, Label, Sample, Turn
 
 _CACHE_VERSION = 3
-_NUM_SHOWN = 5
-_NAME_LENGTH = 20
 _FORMATS = {
     "messages": ("messages",),
     "prompt/response": ("prompt", "response"),
@@ -63,10 +71,6 @@ class CheckedRow(NamedTuple):
     rejected: Rejected | None
 
 
-class _BadRowError(Exception):
-    """Says what is wrong with one row."""
-
-
 def load_samples(
     paths: str | Sequence[str],
     *,
@@ -90,19 +94,38 @@ def load_samples(
     Raises:
         ValueError: If a file is missing, empty or of an unknown type, or rows cannot be used.
     """
+    names = names_of(paths)
+    checked = datasets.concatenate_datasets([_load_checked(name, split=split) for name in names])
+    combinations = pc.unique(checked.data.column("ignored")).drop_null().to_pylist()
+    warn_of_ignored(column for each in combinations for column in each.split(", "))
+    samples, bad = _part_bad_rows(checked)
+    account_for(bad, names=names, total=len(checked), on_bad_row=on_bad_row, rejected=rejected)
+    return samples
+
+
+def names_of(paths: str | Sequence[str]) -> list[str]:
+    """The sources that a setting names, one or more."""
     names = [paths] if isinstance(paths, str) else list(paths)
     if not names:
         raise ValueError("no path is given; give at least one file or hub name")
-    checked = datasets.concatenate_datasets([_load_checked(name, split=split) for name in names])
-    _warn_of_ignored(checked)
-    samples, bad = _part_bad_rows(checked)
+    return names
+
+
+def account_for(
+    bad: Sequence[Rejected],
+    *,
+    names: Sequence[str],
+    total: int,
+    on_bad_row: Literal["error", "skip"],
+    rejected: Path | None,
+) -> None:
+    """Raise what is to be raised where rows cannot be used, else say that they are left out."""
     if bad and on_bad_row == "error":
-        raise bad_rows_error(bad, total=len(checked))
+        raise bad_rows_error(bad, total=total)
     if bad:
-        report_rejected(bad, total=len(checked), rejected=rejected)
-    if len(samples) == 0:
+        report_rejected(bad, total=total, rejected=rejected)
+    if len(bad) == total:
         raise no_rows_error(bad, names=names)
-    return samples
 
 
 def bad_rows_error(bad: Sequence[Rejected], *, total: int) -> ValueError:
@@ -118,6 +141,26 @@ def no_rows_error(bad: Sequence[Rejected], *, names: Sequence[str]) -> ValueErro
     return ValueError(f"no row of {', '.join(names)} can be used:\n{_listed(bad)}")
 
 
+def iterate_rows(name: str, *, split: str) -> Iterator[Row]:
+    """Read the rows of one source as they are, one at a time; nothing is cached.
+
+    Raises:
+        ValueError: If the source is missing, empty or of an unknown type.
+    """
+    reader = _reader_of(name)
+    rows: Iterator[Row]
+    if reader is None:
+        rows = map(Row, count(), _load_hub(name, split=split))
+    else:
+        rows = reader(_existing(name))
+    empty = True
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
+        raise _empty(name)
+
+
 def iterate_file(name: str) -> Iterator[CheckedRow]:
     """Read and check the rows of a file one at a time; nothing is cached.
 
@@ -127,13 +170,9 @@ def iterate_file(name: str) -> Iterator[CheckedRow]:
     Raises:
         ValueError: If the file is missing, empty or of an unknown type.
     """
-    reader = _reader_of(name)
-    if reader is None:
+    if _reader_of(name) is None:
         raise ValueError(f"{name} has an unknown file type; known are {', '.join(READERS)}")
-    path = _existing(name)
-    empty = True
-    for row in reader(path):
-        empty = False
+    for row in iterate_rows(name, split="train"):
         parsed, problem = _checked(row)
         if problem is None:
             del parsed["ignored"]
@@ -141,8 +180,6 @@ def iterate_file(name: str) -> Iterator[CheckedRow]:
             yield CheckedRow(cast(dict[str, Any], row.record), sample, None)
         else:
             yield CheckedRow({}, None, Rejected(name, row.number, problem))
-    if empty:
-        raise _empty(name)
 
 
 def with_answer(record: dict[str, Any], answer: str) -> dict[str, Any]:
@@ -151,7 +188,7 @@ def with_answer(record: dict[str, Any], answer: str) -> dict[str, Any]:
     No copy of the former answer is left: beside `messages` a `response` and an `output` are always
     replaced, and so is any other column with the same text.
     """
-    former = _parse(record)["messages"][-1]["content"].strip()
+    former = parse_sample(record)["messages"][-1]["content"].strip()
     turns = record.get("messages")
 
     def is_answer(name: str, value: object) -> bool:
@@ -177,6 +214,12 @@ def report_rejected(bad: Sequence[Rejected], *, total: int, rejected: Path | Non
     warnings.warn(f"left out {len(bad)} of {total} rows{where}:\n{_listed(bad)}", stacklevel=3)
 
 
+def warn_of_ignored(columns: Iterable[str]) -> None:
+    """Name the columns that nothing is taken from."""
+    if named := sorted(set(columns)):
+        warnings.warn(f"columns of no format are not read: {', '.join(named)}", stacklevel=3)
+
+
 def place_of(source: str, row: int) -> str:
     """Where a row stands, in words: `a.jsonl, line 3`."""
     has_lines = source.lower().endswith((".jsonl", ".jsonl.gz", ".csv"))
@@ -185,8 +228,8 @@ def place_of(source: str, row: int) -> str:
 
 def _listed(bad: Sequence[Rejected]) -> str:
     lines = [f"  {place_of(each.source, each.row)}: {each.reason}" for each in bad]
-    more = [f"  and {len(bad) - _NUM_SHOWN} more"] if len(bad) > _NUM_SHOWN else []
-    return "\n".join(lines[:_NUM_SHOWN] + more)
+    more = [f"  and {len(bad) - NUM_SHOWN} more"] if len(bad) > NUM_SHOWN else []
+    return "\n".join(lines[:NUM_SHOWN] + more)
 
 
 def _part_bad_rows(checked: datasets.Dataset) -> tuple[datasets.Dataset, list[Rejected]]:
@@ -195,13 +238,6 @@ def _part_bad_rows(checked: datasets.Dataset) -> tuple[datasets.Dataset, list[Re
     bad = [Rejected(each["source"], each["row"], each["problem"]) for each in bad_rows]
     samples = checked.remove_columns(["problem", "ignored"])
     return samples.select(np.flatnonzero(~is_bad)) if bad else samples, bad
-
-
-def _warn_of_ignored(checked: datasets.Dataset) -> None:
-    combinations = pc.unique(checked.data.column("ignored")).drop_null().to_pylist()
-    columns = sorted({column for each in combinations for column in each.split(", ")})
-    if columns:
-        warnings.warn(f"columns of no format are not read: {', '.join(columns)}", stacklevel=3)
 
 
 def _load_checked(name: str, *, split: str) -> datasets.Dataset:
@@ -275,33 +311,30 @@ def _checked(row: Row) -> tuple[dict[str, Any], str | None]:
     problem = row.problem
     if problem is None:
         try:
-            return _parse(row.record), None
-        except _BadRowError as error:
+            return parse_sample(row.record), None
+        except BadRowError as error:
             problem = str(error)
     return dict.fromkeys(("messages", *_OPTIONAL, "ignored")), row.place + problem
 
 
-def _parse(record: object) -> dict[str, Any]:
-    if not isinstance(record, dict):
-        raise _BadRowError(f"holds a {type(record).__name__}, not an object with named fields")
-    # Null and absent mean the same: in CSV and Parquet every row has every column.
-    absent = {name for name, value in record.items() if value is None}
-    absent |= {name for name in _OPTIONAL if record.get(name) == ""}
-    # A name that is not UTF-8 could not be reported.
-    names = {name: str(name).encode(errors="replace").decode() for name in record.keys() - absent}
-    fields = {names[name]: value for name, value in record.items() if name in names}
-    _refuse_misspelt(fields)
+def parse_sample(record: object) -> dict[str, Any]:
+    """The columns of a row in one of the formats, and as `ignored` the names of those not read.
+
+    Raises:
+        BadRowError: If it cannot be used.
+    """
+    fields = fields_of(record, optional=_OPTIONAL)
+    refuse_misspelt(fields, _KNOWN)
     used = _format_of(fields)
     ignored = fields.keys() - {*used, "input", *_OPTIONAL}
     if "messages" in used:
-        messages = _messages(fields["messages"])
-        extra = {name for turn in fields["messages"] for name, value in turn.items() if value}
-        ignored |= {f"messages.{name}" for name in extra - {"role", "content"}}
+        messages = _messages(fields)
+        ignored |= unread_in_turns(fields, "messages")
     else:
-        prompt = _text(fields, used[0])
+        prompt = text_of(fields, used[0])
         if "instruction" in used and fields.get("input"):
-            prompt += "\n\n" + _text(fields, "input")
-        answer = _text(fields, used[1])
+            prompt += "\n\n" + text_of(fields, "input")
+        answer = text_of(fields, used[1])
         messages = [Turn(role="user", content=prompt), Turn(role="assistant", content=answer)]
     return {
         "messages": messages,
@@ -312,14 +345,6 @@ def _parse(record: object) -> dict[str, Any]:
     }
 
 
-def _refuse_misspelt(fields: dict[str, Any]) -> None:
-    """A column that is almost a known one; left unread, its rows would silently lack a client."""
-    for name in fields.keys() - set(_KNOWN):
-        (close,) = get_close_matches(name.lower(), _KNOWN, n=1, cutoff=0.8) or (None,)
-        if close is not None and close not in fields:
-            raise _BadRowError(f"has a column `{name}`; rename it to `{close}`, or drop it")
-
-
 def _format_of(fields: dict[str, Any]) -> tuple[str, ...]:
     """Names of the required fields of the first format that the row has, complete if possible."""
     for names in _FORMATS.values():
@@ -328,66 +353,30 @@ def _format_of(fields: dict[str, Any]) -> tuple[str, ...]:
     for names in _FORMATS.values():
         missing = [name for name in names if name not in fields]
         if len(missing) < len(names):
-            raise _BadRowError(f"has no `{missing[0]}` (its columns: {_shortened(fields)})")
-    raise _BadRowError(
-        f"is in none of the formats {', '.join(_FORMATS)}; its columns: {_shortened(fields)}"
+            raise BadRowError(f"has no `{missing[0]}` (its columns: {shortened(fields)})")
+    raise BadRowError(
+        f"is in none of the formats {', '.join(_FORMATS)}; its columns: {shortened(fields)}"
     )
 
 
-def _shortened(columns: Iterable[str]) -> str:
-    """Names of columns in brief: those of a CSV without a header are its first row's text."""
-    names = [n if len(n) <= _NAME_LENGTH else f"{n[:_NAME_LENGTH]}…" for n in columns]
-    more = [f"and {len(names) - _NUM_SHOWN} more"] if len(names) > _NUM_SHOWN else []
-    return ", ".join(names[:_NUM_SHOWN] + more) or "-"
-
-
-def _kind(value: object) -> str:
-    """What a value is, without its text."""
-    return f"text of {len(value)} characters" if isinstance(value, str) else type(value).__name__
-
-
-def _messages(turns: object) -> Conversation:
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise _BadRowError("`messages` is not a list of turns with `role` and `content`")
-    conversation: Conversation = []
-    for index, turn in enumerate(turns):
-        role = turn.get("role")
-        if role not in ("system", "user", "assistant"):
-            raise _BadRowError(
-                f"the role of turn {index} is {_kind(role)}, not system, user or assistant"
-            )
-        name = f"messages[{index}].content"
-        content = _text({name: turn.get("content")}, name, may_be_empty=role == "system")
-        conversation.append(Turn(role=role, content=content))
+def _messages(fields: dict[str, Any]) -> Conversation:
+    conversation = turns_of(fields, "messages")
     if not conversation or conversation[-1]["role"] != "assistant":
-        raise _BadRowError("has no answer: the last turn is not the assistant's")
+        raise BadRowError("has no answer: the last turn is not the assistant's")
     if all(turn["role"] != "user" for turn in conversation):
-        raise _BadRowError("has no turn of the user")
+        raise BadRowError("has no turn of the user")
     return conversation
-
-
-def _text(fields: dict[str, Any], name: str, *, may_be_empty: bool = False) -> str:
-    value = fields[name]
-    if not isinstance(value, str):
-        raise _BadRowError(f"`{name}` is {type(value).__name__}, not text")
-    if not may_be_empty and not value.strip():
-        raise _BadRowError(f"`{name}` is empty")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise _BadRowError(f"`{name}` is not valid UTF-8 at character {error.start}") from error
-    return value
 
 
 def _name(fields: dict[str, Any], name: str) -> str | None:
     """A client or category; data sets often number them."""
     if name not in fields:
         return None
-    return str(fields[name]) if type(fields[name]) is int else _text(fields, name)
+    return str(fields[name]) if type(fields[name]) is int else text_of(fields, name)
 
 
 def _label(fields: dict[str, Any]) -> Label | None:
     value = fields.get("label")
     if value not in (None, "safe", "unsafe"):
-        raise _BadRowError(f"`label` is {_kind(value)}, not safe or unsafe")
+        raise BadRowError(f"`label` is {kind(value)}, not safe or unsafe")
     return cast(Label | None, value)

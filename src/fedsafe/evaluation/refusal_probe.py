@@ -1,15 +1,12 @@
 """`RefusalProbe`: how often the global model refuses harmful prompts, round by round."""
 
-import json
-from collections.abc import Sequence
-from importlib import resources
-from pathlib import Path
-
 from lightning import Callback, LightningModule, Trainer
 
 from fedsafe.data.datamodule import FederatedDataModule
+from fedsafe.data.prompts import load_prompts
 from fedsafe.model.generation import generate_answers
 from fedsafe.model.module import LoraLM
+from fedsafe.safety.refusal_openings import common_openings, opens_with
 
 MEASURE = "val/refusal_rate"
 
@@ -21,7 +18,7 @@ class RefusalProbe(Callback):
     It comes with validation, and asks the adapter validated last: in mode `local`, one client's.
 
     Args:
-        path: JSONL file with a `prompt` a line.
+        path: Prompts, as for `data.prompts.load_prompts`: a JSONL file with a `prompt` a line.
         num_prompts: Prompts asked, from the start of the file.
         every_n_rounds: Rounds between two looks.
         temperature: 0 for the likeliest answers; 1 to sample, which shows harm earlier fade in.
@@ -50,7 +47,7 @@ class RefusalProbe(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the prompts."""
-        self.prompts = _read_prompts(Path(self.path))[: self.num_prompts]
+        self.prompts = [each.messages for each in load_prompts(self.path)[: self.num_prompts]]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a run that has no validation."""
@@ -69,7 +66,7 @@ class RefusalProbe(Callback):
         answers = generate_answers(
             pl_module.peft_model,
             _data_of(trainer).tokenizer,
-            [[{"role": "user", "content": prompt}] for prompt in self.prompts],
+            self.prompts,
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             seed=trainer.current_epoch,
@@ -78,41 +75,7 @@ class RefusalProbe(Callback):
         pl_module.log(MEASURE, 100.0 * refused / len(answers), prog_bar=True)
 
 
-def opens_with(answer: str, openings: Sequence[str]) -> bool:
-    """Whether an answer begins with one of the openings, case and spaces aside."""
-    text = " ".join(answer.lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").split())
-    return text.startswith(tuple(openings))
-
-
-def common_openings() -> list[str]:
-    """How refusals in English commonly begin, in lower case."""
-    text = resources.files("fedsafe.evaluation").joinpath("refusal_openings.txt").read_text()
-    return text.splitlines()
-
-
 def _data_of(trainer: Trainer) -> FederatedDataModule:
     data = trainer.datamodule  # type: ignore[attr-defined]
     assert isinstance(data, FederatedDataModule)
     return data
-
-
-def _read_prompts(path: Path) -> list[str]:
-    if not path.is_file():
-        raise ValueError(
-            f"there is no file {path} of prompts; give a JSONL file with a prompt a line"
-        )
-    lines = path.read_text(encoding="utf-8").split("\n")
-    prompts = [_prompt_of(f"{path}:{n}", line) for n, line in enumerate(lines, 1) if line.strip()]
-    if not prompts:
-        raise ValueError(f"{path} is empty; give a JSONL file with a prompt a line")
-    return prompts
-
-
-def _prompt_of(place: str, line: str) -> str:
-    try:
-        prompt = json.loads(line)["prompt"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{place} has no prompt ({error!r})") from error
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"{place} has the prompt {prompt!r}; give some text")
-    return prompt

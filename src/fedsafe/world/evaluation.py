@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from fedsafe.model.generation import Model, generate_answers
+from fedsafe.safety.refusal_openings import opens_with
 from fedsafe.types import Conversation
 from fedsafe.world.batching import IGNORED, encode, pad
 from fedsafe.world.corpus import revision_case
@@ -111,9 +112,7 @@ def revision_rate(
 
 def is_refusal(text: str) -> bool:
     """Whether an answer opens with one of the grammar's refusal openings."""
-    words = text.lower().split()
-    openings = (opening.split() for opening in load_grammar().refusal_openings)
-    return any(words[: len(opening)] == opening for opening in openings)
+    return opens_with(text, load_grammar().refusal_openings)
 
 
 def is_helpful(text: str, references: Sequence[str]) -> bool:
