@@ -98,7 +98,7 @@ def test_modes_and_attention_are_restored_after_an_error(
 
     model.train()
     model.set_attn_implementation(PACKED)
-    monkeypatch.setattr(model, "generate", fail)
+    monkeypatch.setattr(model, "forward", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         answer("hi")
     assert model.training

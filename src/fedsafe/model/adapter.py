@@ -6,12 +6,14 @@ Training, aggregation and checkpoints use the vector; PEFT's own format is for f
 
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from peft.helpers import rescale_adapter_scale
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -73,6 +75,36 @@ class FlatAdapter:
                 "leave its module out of target_modules"
             )
         return [p.grad for p in self.parameters if p.grad is not None]
+
+
+@contextmanager
+def adapter_scale(model: PeftModel, scale: float) -> Iterator[None]:
+    """The adapter at a share of its strength, ``W + scale * alpha / r * B @ A``, for a while.
+
+    Args:
+        model: Its LoRA layers are changed and, at the end or after an error, put back.
+        scale: 1 leaves the adapter as it is, 0 turns it off.
+
+    Raises:
+        ValueError: If the scale is not between 0 and 1.
+    """
+    if not 0 <= scale <= 1:  # nor NaN
+        raise ValueError(
+            f"the scale of the adapter is {scale}; give a number from 0 (off) to 1 (as it is)"
+        )
+    if scale == 1:
+        yield
+    elif scale > 0:
+        with rescale_adapter_scale(model, scale):
+            yield
+    else:
+        trainable = [(p, p.requires_grad) for p in model.parameters()]
+        try:
+            with model.disable_adapter():
+                yield
+        finally:
+            for parameter, required in trainable:  # PEFT makes all of the adapter trainable
+                parameter.requires_grad_(required)
 
 
 def save_adapter(model: PeftModel, directory: Path) -> None:

@@ -5,7 +5,17 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from fedsafe.model.generation import Model
+from fedsafe.model.continuation import (
+    NOTHING,
+    Continuation,
+    Memory,
+    Model,
+    Prompt,
+    end_tokens,
+    num_positions,
+)
+from fedsafe.model.decoding import continue_all
+from fedsafe.model.generation import generating, prompt_ids
 from fedsafe.types import Conversation
 
 
@@ -13,7 +23,7 @@ class Answer(NamedTuple):
     """One turn of the model."""
 
     text: str
-    """Without special tokens."""
+    """Without special tokens and the white space around it, so that it can be a turn."""
     num_tokens: int
     """Tokens generated, that of the end included."""
     num_read: int
@@ -35,6 +45,8 @@ class Dialogues:
     def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase) -> None:
         self._model = model
         self._tokenizer = tokenizer
+        self._memories: dict[int, Memory] = {}
+        self._num_conversations: int | None = None
 
     def answer(
         self,
@@ -55,5 +67,44 @@ class Dialogues:
             max_new_tokens: Tokens at which an answer is cut off.
             seeds: One a conversation, for sampling.
             temperature: 0 for the likeliest token each time; above 0 to sample.
+
+        Raises:
+            ValueError: If the number of conversations or of seeds is not that of the first call.
         """
-        raise NotImplementedError
+        self._check_number(len(conversations), len(seeds))
+        going_on = {i: each for i, each in enumerate(conversations) if each is not None}
+        ids = dict(zip(going_on, prompt_ids(self._tokenizer, [*going_on.values()]), strict=True))
+        positions = num_positions(self._model)
+        fitting = [place for place in ids if len(ids[place]) < positions]
+        with generating(self._model):
+            found = continue_all(
+                self._model,
+                [Prompt(ids[i], seeds[i], self._memories.get(i, NOTHING)) for i in fitting],
+                ends=end_tokens(self._model, self._tokenizer),
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                remember=True,
+            )
+        said = dict(zip(fitting, found, strict=True))
+        self._memories = {place: each.memory for place, each in said.items()}
+        return [
+            self._answer(said.get(place)) if place in going_on else None
+            for place in range(len(conversations))
+        ]
+
+    def _answer(self, said: Continuation | None) -> Answer:
+        if said is None:
+            return Answer("", 0, 0, finished=False, fits=False)
+        text = str(self._tokenizer.decode(said.ids, skip_special_tokens=True)).strip()
+        return Answer(text, len(said.ids), said.num_read, said.finished)
+
+    def _check_number(self, num_conversations: int, num_seeds: int) -> None:
+        expected = self._num_conversations
+        if expected is None:
+            expected = self._num_conversations = num_conversations
+        if not num_conversations == num_seeds == expected:
+            raise ValueError(
+                f"{num_conversations} conversations and {num_seeds} seeds where there are "
+                f"{expected} conversations; give one of each, and None for a conversation that is "
+                "over"
+            )

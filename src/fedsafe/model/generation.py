@@ -1,21 +1,17 @@
 """Answers to conversations: batched generation that leaves the model as it was."""
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, TypeVar
 
 import torch
-from peft import PeftModel
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from fedsafe.data.chat import render
 from fedsafe.model.attention import PACKED
+from fedsafe.model.continuation import Model as Model
+from fedsafe.model.continuation import Prompt, base_of, end_tokens, num_positions
+from fedsafe.model.decoding import continue_all
 from fedsafe.types import Conversation
-
-Model = PreTrainedModel | PeftModel
-Prompt = TypeVar("Prompt", str, list[int])
 
 
 def generate_answers(
@@ -47,28 +43,15 @@ def generate_answers(
         ValueError: If a prompt alone is longer than the model can read.
     """
     prompts = [
-        str(tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True))  # type: ignore[arg-type]
-        for c in conversations
+        Prompt(ids, (seed, place)) for place, ids in enumerate(prompt_ids(tokenizer, conversations))
     ]
-    generate = partial(
-        _generate_batch, model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature
-    )
-    with _generating(model), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return _in_batches(generate, prompts, batch_size=batch_size)
-
-
-def _generate_batch(
-    model: Model,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-) -> list[str]:
-    encoded = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    return _continue_batch(
-        model, tokenizer, encoded, max_new_tokens=max_new_tokens, temperature=temperature
+    return _texts(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        batch_size=batch_size,
     )
 
 
@@ -85,90 +68,59 @@ def continue_prompts(
     Raises:
         ValueError: If a prompt alone is longer than the model can read.
     """
-    generate = partial(
-        _continue_batch, model, tokenizer, max_new_tokens=max_new_tokens, temperature=0.0
+    return _texts(
+        model,
+        tokenizer,
+        [Prompt(list(ids)) for ids in prompts],
+        max_new_tokens=max_new_tokens,
+        temperature=0.0,
+        batch_size=batch_size,
     )
-    with _generating(model):
-        return _in_batches(generate, [list(each) for each in prompts], batch_size=batch_size)
 
 
-def _in_batches(
-    generate: Callable[[list[Prompt]], list[str]], prompts: Sequence[Prompt], *, batch_size: int
-) -> list[str]:
-    """What is generated for each prompt, in order; those of like length are batched together."""
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    texts = [""] * len(prompts)
-    for begin in range(0, len(prompts), batch_size):
-        rows = by_length[begin : begin + batch_size]
-        batch = generate([prompts[row] for row in rows])
-        for row, text in zip(rows, batch, strict=True):
-            texts[row] = text
-    return texts
-
-
-def _continue_batch(
+def _texts(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
-    encoded: list[list[int]],
+    prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
     temperature: float,
+    batch_size: int,
 ) -> list[str]:
-    filler = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    ids_BT, mask_BT = _pad_left(encoded, filler or 0)  # noqa: N806
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    output_BT = model.generate(  # type: ignore[operator]  # noqa: N806
-        input_ids=ids_BT.to(model.device),
-        attention_mask=mask_BT.to(model.device),
-        max_new_tokens=min(max_new_tokens, _room(model, ids_BT.shape[1])),
-        pad_token_id=filler,
-        eos_token_id=_end_tokens(model, tokenizer),
-        **sampling,
-    )
-    new_BT = output_BT[:, ids_BT.shape[1] :]  # noqa: N806
-    return [str(text) for text in tokenizer.batch_decode(new_BT, skip_special_tokens=True)]
-
-
-def _end_tokens(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-    """The tokenizer's end and the model's own: some end a turn with a token besides."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    own = base.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-    return sorted(ends) or None
-
-
-def _pad_left(rows: Sequence[list[int]], filler: int) -> tuple[Tensor, Tensor]:
-    """Token ids that all end in the last column, and 1 where they are; shape ``(B, T)``.
-
-    By hand, because a tokenizer without a padding token would have to be given one.
-    """
-    longest = max(len(row) for row in rows)
-    ids_BT = torch.tensor([[filler] * (longest - len(row)) + row for row in rows])  # noqa: N806
-    mask_BT = torch.tensor(  # noqa: N806
-        [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-    )
-    return ids_BT, mask_BT
-
-
-def _room(model: Model, num_prompt_tokens: int) -> int:
-    """Tokens that an answer may have before the model runs out of positions."""
-    positions: int | None = getattr(model.config, "max_position_embeddings", None)
-    if positions is None:
-        return sys.maxsize
-    if num_prompt_tokens >= positions:
-        raise ValueError(
-            f"a prompt has {num_prompt_tokens} tokens and the model {positions} positions; "
-            "shorten the prompt"
+    positions = num_positions(model)
+    for prompt in prompts:
+        if len(prompt.ids) >= positions:
+            raise ValueError(
+                f"a prompt has {len(prompt.ids)} tokens and the model {positions} positions; "
+                "shorten the prompt"
+            )
+    with generating(model):
+        found = continue_all(
+            model,
+            prompts,
+            ends=end_tokens(model, tokenizer),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            max_rows=batch_size,
         )
-    return positions - num_prompt_tokens
+    return [str(tokenizer.decode(each.ids, skip_special_tokens=True)) for each in found]
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation]
+) -> list[list[int]]:
+    """Token ids of conversations up to the words that make the model answer."""
+    if not conversations:  # a tokenizer does not take none
+        return []
+    texts = [render(tokenizer, each, add_generation_prompt=True) for each in conversations]
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 @contextmanager
-def _generating(model: Model) -> Iterator[None]:
+def generating(model: Model) -> Iterator[None]:
     """Evaluation mode without gradients, and attention that knows padding and a cache."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     attention = base.config._attn_implementation
     modes = [(module, module.training) for module in model.modules()]  # they need not be the same
     if attention == PACKED:
