@@ -39,6 +39,7 @@ FLOORS = {
     "evaluation": 3,
     "safety.filter": 4,
     "safety.filter_file": 4,
+    "safety.model_speaker": 4,
     "safety.revision": 4,
     "types": 6,
     "": 6,  # fedsafe/__init__.py, which holds the version
