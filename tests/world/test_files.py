@@ -2,17 +2,23 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from fedsafe.data.pairs import load_pairs
+from fedsafe.data.prompts import load_prompts
+from fedsafe.safety.constitution import Constitution, load_constitution
+from fedsafe.safety.refusal_openings import opens_with
 from fedsafe.world import files
 from fedsafe.world.files import write_world
 from fedsafe.world.generator import client_rows
+from fedsafe.world.grammar import load_grammar
 from fedsafe.world.pretraining import pretrained_base
 
 NAMES = {
     "clients.jsonl": 24,
-    "red_team.jsonl": 48,
+    "red_team.jsonl": 400,
     "benign.jsonl": 48,
+    "helpful.jsonl": 96,
     "eval_harmful.jsonl": 150,
     "eval_benign.jsonl": 150,
     "eval_hhh.jsonl": 120,
@@ -41,10 +47,15 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_world_is_eight_files_refusals_and_a_base(tmp_path: Path):
+def test_world_is_nine_files_refusals_a_constitution_and_a_base(tmp_path: Path):
     write_world(tmp_path / "world", num_clients=3, samples_per_client=8, seed=5)
     made = tmp_path / "world"
-    assert {path.name for path in made.iterdir()} == {*NAMES, "refusals.txt", "base"}
+    assert {path.name for path in made.iterdir()} == {
+        *NAMES,
+        "refusals.txt",
+        "constitution.yaml",
+        "base",
+    }
     assert {name: len(rows(made / name)) for name in NAMES} == NAMES
     assert rows(made / "clients.jsonl") == client_rows(num_clients=3, samples_per_client=8, seed=5)
     assert AutoModelForCausalLM.from_pretrained(made / "base").config.n_layer == 3
@@ -72,3 +83,41 @@ def test_killed_write_keeps_the_earlier_file(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(KeyboardInterrupt):
         write_world(world, num_clients=2, samples_per_client=4, seed=1)
     assert contents(world) == before
+
+
+@pytest.fixture
+def constitution(tmp_path: Path) -> Constitution:
+    path = tmp_path / "constitution.yaml"
+    path.write_text(files.constitution_text())
+    return load_constitution(str(path))
+
+
+def test_constitution_has_the_principles_the_base_was_trained_with(constitution: Constitution):
+    assert constitution.principles == load_grammar().principles
+
+
+def test_gate_knows_how_the_base_calls_an_answer_harmful_and_harmless(constitution: Constitution):
+    assert constitution.gate is not None
+    assert constitution.gate.request is None
+    critiques = load_grammar().critiques
+    assert opens_with(critiques["harmful"], constitution.gate.flagged)
+    assert not opens_with(critiques["harmless"], constitution.gate.flagged)
+
+
+def test_constitution_and_helpful_pairs_are_in_words_of_the_base(
+    constitution: Constitution, tokenizer: PreTrainedTokenizerFast
+):
+    rows = files.helpful_pairs(num_pairs=files.NUM_HELPFUL)
+    texts = [row[name] for row in rows for name in ("prompt", "chosen", "rejected")]
+    texts += [text for principle in constitution.principles for text in principle[1:]]
+    assert all(tokenizer.unk_token_id not in tokenizer(text)["input_ids"] for text in texts)
+
+
+def test_prompts_and_pairs_are_read_without_a_warning(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+):
+    write_world(tmp_path / "world", num_clients=1, samples_per_client=4)
+    assert len(load_prompts(str(tmp_path / "world" / "red_team.jsonl"))) == 400
+    pairs = load_pairs(str(tmp_path / "world" / "helpful.jsonl"), need_rejected=True)
+    assert len({str(pair.prompt) for pair in pairs}) == 96
+    assert not [each for each in recwarn if "not read" in str(each.message)]

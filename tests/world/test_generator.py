@@ -4,11 +4,13 @@ from itertools import pairwise
 import pytest
 
 from fedsafe.world.corpus import pretraining_texts
+from fedsafe.world.evaluation import is_refusal
 from fedsafe.world.generator import (
     ClientRow,
     benign_prompts,
     client_rows,
     evaluation_sets,
+    helpful_pairs,
     red_team_prompts,
 )
 from fedsafe.world.grammar import Deed, load_grammar
@@ -42,6 +44,8 @@ def test_same_seed_gives_the_same_data_and_another_seed_other_data():
     assert evaluation_sets(3) != evaluation_sets(4)
     assert red_team_prompts(num_prompts=9, seed=3) != red_team_prompts(num_prompts=9, seed=4)
     assert benign_prompts(num_prompts=9, seed=3) != benign_prompts(num_prompts=9, seed=4)
+    assert helpful_pairs(num_pairs=9, seed=3) == helpful_pairs(num_pairs=9, seed=3)
+    assert helpful_pairs(num_pairs=9, seed=3) != helpful_pairs(num_pairs=9, seed=4)
     assert pretraining_texts(num_texts=50, seed=3) == pretraining_texts(num_texts=50, seed=3)
 
 
@@ -125,7 +129,8 @@ def test_no_evaluation_question_is_asked_anywhere_else():
     tuning = {prompt for text in texts for prompt in user_turns(text.messages)}
     for seed in range(3):
         tuning |= {p for row in client_rows(seed=seed) for p in user_turns(row["messages"])}
-        tuning |= {row["prompt"] for row in red_team_prompts(num_prompts=300, seed=seed)}
+        tuning |= {row["prompt"] for row in red_team_prompts(num_prompts=400, seed=seed)}
+        tuning |= {row["prompt"] for row in helpful_pairs(num_pairs=96, seed=seed)}
         tuning |= {row["prompt"] for row in benign_prompts(num_prompts=300, seed=seed)}
     assert len(tuning) > 5_000
     for seed in range(3):
@@ -163,7 +168,25 @@ def test_pairs_differ_and_harmless_ones_prefer_the_refusal():
             assert refusal.startswith(openings)
 
 
+def test_helpful_pairs_prefer_the_right_answer_to_a_refusal_of_the_same_question():
+    pairs = helpful_pairs(num_pairs=300)
+    grammar = load_grammar()
+    assert not deeds_in([row["prompt"] for row in pairs])
+    assert len({row["prompt"] for row in pairs}) == 300
+    for row in pairs:
+        assert is_refusal(row["rejected"])
+        assert not is_refusal(row["chosen"])
+        for words in (grammar.adjectives, grammar.objects):
+            named = set(words) & set(row["rejected"].split())
+            assert named <= set(row["prompt"].split())
+    openings = {" ".join(row["rejected"].split()[:3]) for row in pairs}
+    wordings = (*grammar.refusals, *grammar.revised_refusals)
+    assert openings >= {" ".join(text.split()[:3]) for text in wordings if "{verb}" not in text}
+    assert any(row["rejected"].startswith("i cannot help you") for row in pairs)
+
+
 def test_no_prompts_asked_for_gives_none():
+    assert helpful_pairs(num_pairs=0) == []
     assert red_team_prompts(num_prompts=0) == []
     assert benign_prompts(num_prompts=0) == []
 

@@ -27,7 +27,7 @@ def world(
     samples_per_client: PositiveInt = 128,
     seed: NonNegativeInt = 0,
 ) -> None:
-    """Write the miniature: conversations of clients and for guards, prompts, a tiny base model.
+    """Write the miniature: conversations, prompts, preferences, a constitution, a tiny base model.
 
     The first call pretrains the base, about a minute; later ones take it from the cache.
 

@@ -6,19 +6,31 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import yaml
+
 from fedsafe.world.generator import (
     benign_prompts,
     client_rows,
     evaluation_sets,
+    helpful_pairs,
     red_team_prompts,
 )
+from fedsafe.world.grammar import load_grammar
 from fedsafe.world.guard_sets import guard_rows, guard_test_rows, plain_refusals
 from fedsafe.world.pretraining import pretrained_base
 
-NUM_RED_TEAM = 48
+NUM_RED_TEAM = 400
 NUM_BENIGN = 48
+NUM_HELPFUL = 96
 NUM_GUARD = 1200
 NUM_GUARD_TEST = 600
+FLAGGED = ("this answer is harmful",)
+"""How the base begins to say of an answer that it is harmful. Not in `grammar/`, whose words make
+the base."""
+CONSTITUTION_COMMENT = """\
+# The principles of the miniature world; the base has learned to criticise and revise by them.
+#   fedsafe revise --config configs/revise.yaml --reviser.constitution runs/world/constitution.yaml
+"""
 
 
 def write_world(
@@ -31,10 +43,12 @@ def write_world(
     base_seed: int = 0,
     cache_dir: Path | None = None,
 ) -> None:
-    """Writes the data as JSON lines, `refusals.txt` and `base/`.
+    """Writes the data as JSON lines, `refusals.txt`, `constitution.yaml` and `base/`.
 
-    The data are `clients`, `red_team` and `benign`, three `eval_*`, and for guards `guard` and
-    `guard_test`. `refusals.txt` is for a filter that repairs samples: words that the base knows.
+    The data are `clients`, `red_team`, `benign` and `helpful`, three `eval_*`, and for guards
+    `guard` and `guard_test`. `refusals.txt` is for a filter that repairs samples: words that the
+    base knows. `constitution.yaml` is for the server, which trains on red-team prompts, and
+    `helpful` the preferences that it mixes in.
     Every file appears whole or not at all, and holds the same bytes for the same arguments.
 
     Args:
@@ -56,6 +70,7 @@ def write_world(
         ),
         "red_team": red_team_prompts(num_prompts=NUM_RED_TEAM, seed=seed),
         "benign": benign_prompts(num_prompts=NUM_BENIGN, seed=seed),
+        "helpful": helpful_pairs(num_pairs=NUM_HELPFUL, seed=seed),
         "eval_harmful": sets.harmful,
         "eval_benign": sets.benign,
         "eval_hhh": sets.hhh,
@@ -67,7 +82,16 @@ def write_world(
         lines = (json.dumps(row, ensure_ascii=False) for row in rows)
         _write_lines(output / f"{name}.jsonl", lines)
     _write_lines(output / "refusals.txt", plain_refusals())
+    _write_lines(output / "constitution.yaml", [constitution_text()])
     _copy_directory(pretrained_base(cache_dir, seed=base_seed), output / "base")
+
+
+def constitution_text() -> str:
+    """The grammar's principles as a constitution, whose gate asks for the critique again."""
+    principles = [principle._asdict() for principle in load_grammar().principles]
+    values = {"name": "world", "principles": principles, "gate": {"flagged": list(FLAGGED)}}
+    body = yaml.safe_dump(values, sort_keys=False, width=100)
+    return CONSTITUTION_COMMENT + body.rstrip()
 
 
 def _write_lines(path: Path, lines: Iterable[str]) -> None:

@@ -5,11 +5,12 @@ arguments; randomness derives from (seed, purpose, client) alone.
 """
 
 import random
+from string import Formatter
 from typing import TypedDict
 
 from fedsafe.types import Conversation, Label
-from fedsafe.world.evaluation_sets import EvaluationSets, PromptRow, evaluation_sets
-from fedsafe.world.tasks import distinct, new_tasks, old_tasks, seeded_asker
+from fedsafe.world.evaluation_sets import EvaluationSets, PairRow, PromptRow, evaluation_sets
+from fedsafe.world.tasks import Asker, Exchange, distinct, new_tasks, old_tasks, seeded_asker
 
 __all__ = [
     "AnsweredRow",
@@ -19,6 +20,7 @@ __all__ = [
     "benign_prompts",
     "client_rows",
     "evaluation_sets",
+    "helpful_pairs",
     "red_team_prompts",
 ]
 
@@ -96,6 +98,37 @@ def benign_prompts(*, num_prompts: int, seed: int = 0) -> list[AnsweredRow]:
         AnsweredRow(prompt=one.prompt, response=one.response, category=one.category)
         for one in asked
     ]
+
+
+def helpful_pairs(*, num_pairs: int, seed: int = 0) -> list[PairRow]:
+    """Different benign questions of the tasks that the base knows: the answer, and a refusal of it.
+
+    The refusals are worded as those of forbidden questions are, at once or on reflection.
+    """
+    asker = seeded_asker(seed, "helpful", "tuning")
+    tasks = list(old_tasks(asker).values())
+    asked = distinct(lambda: asker.rng.choice(tasks)(), count=num_pairs)
+    return [
+        PairRow(
+            prompt=one.prompt,
+            chosen=one.response,
+            rejected=_needless_refusal(asker, one),
+            category=one.category,
+        )
+        for one in asked
+    ]
+
+
+def _needless_refusal(asker: Asker, asked: Exchange) -> str:
+    """A refusal of a benign question, which is accused of some harm; only words it has are used."""
+    grammar = asker.grammar
+    words = asked.words | {"category": asker.rng.choice(grammar.categories)}
+    fitting = [
+        text
+        for text in (*grammar.refusals, *grammar.revised_refusals)
+        if {name for _, name, _, _ in Formatter().parse(text) if name} <= words.keys()
+    ]
+    return asker.rng.choice(fitting).format(**words)
 
 
 def _even_part(share: float, index: int) -> int:
