@@ -2,7 +2,14 @@ import numpy as np
 import pytest
 import torch
 
-from fedsafe.data.packing import TrainingBatch, count_targets, pack, pack_batch, split_by_budget
+from fedsafe.data.packing import (
+    PreferenceBatch,
+    TrainingBatch,
+    count_targets,
+    pack,
+    pack_batch,
+    split_by_budget,
+)
 from fedsafe.federated.schedule import BatchKey
 
 Sample = tuple[np.ndarray, np.ndarray]
@@ -74,6 +81,30 @@ def test_a_part_of_a_step_is_normalised_by_the_whole_step() -> None:
     assert batch.input_ids.tolist() == [[20, 21]]
     assert batch.normalizer == 4
     assert [count_targets(SAMPLES, i) for i in range(3)] == [2, 1, 1]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("num_micro", [1, 2])
+def test_a_step_without_samples_is_divided_by_one(num_micro: int) -> None:
+    key = key_of([], step_samples=[])._replace(num_micro=num_micro)
+    batch = pack_batch(SAMPLES, key)  # type: ignore[arg-type]
+    assert batch.target_counts == [0]
+    assert batch.normalizer == 1
+
+
+def test_a_preference_batch_takes_its_reference_to_the_device_along() -> None:
+    batch = PreferenceBatch(
+        **vars(pack(SAMPLES[:2])),
+        reference=torch.zeros(2),
+        num_pairs=1,
+        num_chosen_tokens=2,
+        beta=0.1,
+        nll_weight=0.0,
+    )
+    elsewhere = batch.to(torch.device("meta"))
+    assert isinstance(elsewhere, PreferenceBatch)
+    assert elsewhere.reference.is_meta
+    assert elsewhere.input_ids.is_meta
+    assert elsewhere.target_counts == [2, 1]
 
 
 @pytest.mark.parametrize("max_tokens", [1, 10, 33, 1000])

@@ -1,5 +1,6 @@
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,14 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, AdamW
 
-from fedsafe.data.packing import Pack, TrainingBatch
+from fedsafe.data.packing import (
+    Pack,
+    PreferenceBatch,
+    SupervisedBatch,
+    TrainingBatch,
+    pack,
+    pack_batch,
+)
 from fedsafe.federated.schedule import BatchKey
 from fedsafe.model.module import LoraLM, refuse_difference
 
@@ -198,3 +206,165 @@ def test_a_token_that_the_base_does_not_know_is_refused_trained_or_not(
 def test_an_unknown_base_is_an_error_of_the_first_use(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no base model at"):
         LoraLM(str(tmp_path / "nowhere")).configure_model()
+
+
+# ---- training steps: what a batch of each kind gives, outside a Trainer --------------------------
+
+Samples = list[tuple[np.ndarray, np.ndarray]]
+
+
+def preferences(
+    module: LoraLM, samples: Samples, *, moved: bool = True, parts: int = 1, **settings: float
+) -> list[PreferenceBatch]:
+    """Two pairs of answers, in one batch or in two; the policy has moved on from the reference."""
+    reference = module.answer_logprobs(pack(samples))
+    if moved:
+        adapter = module.flat_adapter()
+        generator = torch.Generator().manual_seed(2)
+        adapter.write(adapter.read() + 0.1 * torch.randn(adapter.num_params, generator=generator))
+    counts = pack(samples).target_counts
+    options: dict[str, Any] = {"beta": 0.3, "nll_weight": 0.5} | settings
+    cuts = {1: [slice(0, 4)], 2: [slice(0, 2), slice(2, 4)]}[parts]
+    return [
+        PreferenceBatch(
+            **vars(pack(samples[cut])),
+            reference=reference[cut],
+            num_pairs=2,
+            num_chosen_tokens=counts[0] + counts[2],
+            **options,
+        )
+        for cut in cuts
+    ]
+
+
+def loss_and_gradient(module: LoraLM, batches: Sequence[Pack]) -> tuple[Tensor, Tensor]:
+    """Summed over the batches of a step."""
+    parameters = module.flat_adapter().parameters
+    loss, gradient = torch.zeros(()), torch.zeros(module.flat_adapter().num_params)
+    for batch in batches:
+        part = module.training_step(batch, 0)["loss"]  # type: ignore[arg-type]
+        gradient += torch.cat([g.flatten() for g in torch.autograd.grad(part, parameters)])
+        loss += part.detach()
+    return loss, gradient
+
+
+def place(num_micro: int) -> BatchKey:
+    none = np.zeros(0, dtype=np.int64)
+    return BatchKey(0, 1, 0, 0, 0, 1, 0, num_micro, none, none)
+
+
+def test_only_a_clients_batch_is_scaled_by_the_parts_that_lightning_divides_by(
+    make_module: ModuleMaker, packed: Pack
+) -> None:
+    module = make_module("llama")
+    losses = module(packed).detach()
+    supervised = module.training_step(SupervisedBatch(**vars(packed), normalizer=50), 0)
+    torch.testing.assert_close(supervised["loss"], losses.sum() / 50)
+    assert torch.equal(supervised["nll_sum"], losses.sum())
+    assert not supervised["nll_sum"].requires_grad
+    client = module.training_step(
+        TrainingBatch(**vars(packed), normalizer=50, key=place(num_micro=3)), 0
+    )
+    assert torch.equal(client["loss"], supervised["loss"] * 3)
+    assert torch.equal(client["nll_sum"], supervised["nll_sum"])
+
+
+def test_a_clients_batch_without_samples_has_zero_loss_and_gradients(
+    make_module: ModuleMaker,
+) -> None:
+    batch = pack_batch([], place(num_micro=1))  # type: ignore[arg-type]
+    loss, gradient = loss_and_gradient(make_module("llama"), [batch])
+    assert loss == 0
+    assert not gradient.any()
+
+
+def test_the_parts_of_a_supervised_step_add_up_to_it(
+    make_module: ModuleMaker, samples: Samples, packed: Pack
+) -> None:
+    module = make_module("llama")
+    normalizer = len(packed.targets)
+    parts = [SupervisedBatch(**vars(pack(samples[i::2])), normalizer=normalizer) for i in (0, 1)]
+    whole = loss_and_gradient(module, [SupervisedBatch(**vars(packed), normalizer=normalizer)])
+    for mine, expected in zip(loss_and_gradient(module, parts), whole, strict=True):
+        torch.testing.assert_close(mine, expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("nll_weight", [0.0, 0.5])
+def test_the_parts_of_a_preference_step_add_up_to_it(
+    make_module: ModuleMaker, samples: Samples, nll_weight: float
+) -> None:
+    one, other = make_module("llama"), make_module("llama")
+    whole = loss_and_gradient(one, preferences(one, samples, nll_weight=nll_weight))
+    parts = preferences(other, samples, parts=2, nll_weight=nll_weight)
+    for mine, expected in zip(loss_and_gradient(other, parts), whole, strict=True):
+        torch.testing.assert_close(mine, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_a_step_from_the_reference_itself_costs_log_two_and_the_chosen_answers_nll(
+    make_module: ModuleMaker, samples: Samples
+) -> None:
+    module = make_module("llama")
+    [batch] = preferences(module, samples, moved=False, nll_weight=0.0)
+    output = module.training_step(batch, 0)
+    assert output["loss"].item() == pytest.approx(math.log(2), abs=1e-6)
+    assert output["num_preferred"] == 0
+    [weighted] = preferences(module, samples, moved=False, nll_weight=0.25)
+    chosen_nll = -module.answer_logprobs(pack(samples[::2])).sum()
+    expected = math.log(2) + 0.25 * chosen_nll.item() / weighted.num_chosen_tokens
+    output = module.training_step(weighted, 0)
+    assert output["loss"].item() == pytest.approx(expected, rel=1e-6)
+    torch.testing.assert_close(output["nll_sum"], chosen_nll)
+    assert not output["nll_sum"].requires_grad
+
+
+def test_pairs_are_counted_that_are_preferred_more_than_by_the_reference(
+    make_module: ModuleMaker, samples: Samples
+) -> None:
+    module = make_module("llama")
+    [batch] = preferences(module, samples, moved=False)
+    here = batch.reference
+    for offset, expected in (([0, 1, 0, 1], 2), ([1, 0, 0, 1], 1), ([1, 0, 2, 0], 0)):
+        batch.reference = here + torch.tensor(offset)
+        assert module.training_step(batch, 0)["num_preferred"] == expected
+
+
+def test_steps_on_preferences_turn_the_policy_towards_the_chosen_answers(
+    make_module: ModuleMaker, samples: Samples
+) -> None:
+    module = make_module("llama")
+    [batch] = preferences(module, samples, moved=False, nll_weight=0.0)
+    _, gradient = loss_and_gradient(module, [batch])
+    module.flat_adapter().write(module.flat_adapter().read() - 1e-3 * gradient)
+    output = module.training_step(batch, 0)
+    assert output["loss"] < math.log(2)
+    assert output["num_preferred"] == 2
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=["nan", "inf"])
+@pytest.mark.parametrize("sample", [0, 1], ids=["chosen", "rejected"])
+def test_a_value_that_is_not_finite_reaches_the_loss(
+    make_module: ModuleMaker, samples: Samples, sample: int, value: float
+) -> None:
+    module = make_module("llama")
+    [batch] = preferences(module, samples, nll_weight=0.0)
+    position = batch.predictors[sum(batch.target_counts[:sample])]
+
+    def spoil(_: object, __: object, hidden: Tensor) -> Tensor:
+        hidden[0, position, 0] = value
+        return hidden
+
+    module.peft_model.get_base_model().model.norm.register_forward_hook(spoil)
+    assert not module.training_step(batch, 0)["loss"].isfinite()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluating"])
+def test_log_probabilities_of_answers_know_no_dropout_and_leave_the_mode_as_it_was(
+    make_module: ModuleMaker, packed: Pack, training: bool
+) -> None:
+    plain, dropping = make_module("llama"), make_module("llama", lora_dropout=0.4)
+    dropping.peft_model.train(training)
+    logprobs = dropping.answer_logprobs(packed)
+    assert dropping.peft_model.training == training
+    assert not logprobs.requires_grad
+    expected = [-part.sum() for part in plain(packed).detach().split(packed.target_counts)]
+    torch.testing.assert_close(logprobs, torch.stack(expected))

@@ -1,10 +1,19 @@
+import math
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from fedsafe.model import objectives
-from fedsafe.model.objectives import frozen_head_nll, nll, sft_loss
+from fedsafe.model.objectives import (
+    dpo_loss,
+    dpo_margins,
+    frozen_head_nll,
+    nll,
+    sft_loss,
+    sums_per_sample,
+)
 
 VOCABULARY, WIDTH = 37, 16
 
@@ -89,3 +98,39 @@ def test_losses_of_bfloat16_logits_are_summed_in_float32() -> None:
 def test_the_loss_is_divided_by_the_tokens_of_the_whole_step() -> None:
     losses = torch.tensor([1.0, 2.0, 6.0])
     assert sft_loss(losses[:2], normalizer=3) + sft_loss(losses[2:], normalizer=3) == losses.mean()
+
+
+def test_each_sample_gets_the_sum_of_its_own_tokens() -> None:
+    sums = sums_per_sample(torch.tensor([1.0, 2.0, 4.0, 8.0]), [1, 0, 3])
+    assert sums.tolist() == [1.0, 0.0, 14.0]
+    assert sums_per_sample(torch.zeros(0), [0]).tolist() == [0.0]
+
+
+def test_a_policy_that_is_the_reference_prefers_nothing() -> None:
+    logprobs = torch.tensor([[-3.0, -5.0], [-70.0, -2.0]])
+    assert dpo_margins(logprobs, logprobs).tolist() == [0.0, 0.0]
+    losses = dpo_loss(logprobs, logprobs, beta=0.3)
+    assert losses.tolist() == pytest.approx([math.log(2)] * 2)
+
+
+@pytest.mark.parametrize("beta", [0.1, 2.0])
+def test_the_preference_loss_and_its_gradient_are_those_of_the_paper(beta: float) -> None:
+    reference = torch.tensor([[-3.0, -5.0], [-1.0, -2.0]])
+    logprobs = torch.tensor([[-2.0, -5.5], [-4.0, -1.5]], requires_grad=True)
+    assert dpo_margins(logprobs, reference).tolist() == [1.5, -3.5]
+    losses = dpo_loss(logprobs, reference, beta=beta)
+    expected = [math.log(1 + math.exp(-beta * margin)) for margin in (1.5, -3.5)]
+    assert losses.tolist() == pytest.approx(expected)
+    (gradient,) = torch.autograd.grad(losses.sum(), logprobs)
+    pulls = [beta / (1 + math.exp(beta * margin)) for margin in (1.5, -3.5)]
+    assert gradient.flatten().tolist() == pytest.approx(
+        [-pulls[0], pulls[0], -pulls[1], pulls[1]], abs=1e-6
+    )
+
+
+def test_a_preference_far_on_either_side_does_not_overflow() -> None:
+    logprobs = torch.tensor([[0.0, -1e4], [-1e4, 0.0]], requires_grad=True)
+    losses = dpo_loss(logprobs, torch.zeros(2, 2), beta=1.0)
+    assert losses.tolist() == [0.0, 1e4]
+    (gradient,) = torch.autograd.grad(losses.sum(), logprobs)
+    assert gradient.tolist() == [[0.0, 0.0], [-1.0, 1.0]]
