@@ -142,10 +142,12 @@ def test_what_is_wrong_is_said_with_its_place(kind: str) -> None:
 
 def test_a_file_that_is_no_yaml_is_an_error() -> None:
     Path("own.yaml").write_text("principles: [", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"own\.yaml is not YAML: "):
+    with pytest.raises(ValueError, match=r"own\.yaml cannot be read as YAML: "):
         load_constitution("own.yaml")
     Path("own.yaml").write_bytes(b"name: caf\xe9")
-    with pytest.raises(ValueError, match=r"own\.yaml is not YAML: .* codec can't decode"):
+    with pytest.raises(
+        ValueError, match=r"own\.yaml cannot be read as YAML: .* codec can't decode"
+    ):
         load_constitution("own.yaml")
 
 
@@ -157,3 +159,10 @@ def test_a_missing_file_is_an_error() -> None:
 def test_an_unknown_name_is_an_error_that_names_the_shipped_ones() -> None:
     with pytest.raises(ValueError, match="no constitution 'defalt'; shipped are default; one of"):
         load_constitution("defalt")
+
+
+def test_two_principles_run_together_are_an_error() -> None:
+    text = yaml.safe_dump(OWN, sort_keys=False).replace("- name: 'true'", "  name: 'true'")
+    Path("own.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"`name` occurs twice; keep one, or begin a p(?s:.*)line"):
+        load_constitution("own.yaml")

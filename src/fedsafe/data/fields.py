@@ -15,7 +15,7 @@ class BadRowError(Exception):
 
 
 def fields_of(record: object, *, optional: Collection[str] = ()) -> dict[str, Any]:
-    """The fields that a row fills in: all but the null ones, and of the optional ones the empty.
+    """The fields that a row fills in: all but null ones and, of the optional ones, empty ones.
 
     Null and absent mean the same: in CSV and Parquet every row has every column.
     """

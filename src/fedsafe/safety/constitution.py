@@ -53,6 +53,18 @@ class Constitution:
     digest: str
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice; of two principles run together YAML keeps one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for (key, _), name in zip(node.value, keys, strict=True):
+            if keys.count(name) > 1:
+                problem = f"`{name}` occurs twice; keep one, or begin a principle with a dash"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load_constitution(name: str) -> Constitution:
     """Read and check a constitution.
 
@@ -64,9 +76,9 @@ def load_constitution(name: str) -> Constitution:
             where.
     """
     try:
-        values = yaml.safe_load(_text(name))
+        values = yaml.load(_text(name), Loader=_StrictLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{name} is not YAML: {error}") from error
+        raise ValueError(f"{name} cannot be read as YAML: {error}") from error
     given = _mapping(values, ("name", "principles", "gate"), where=name)
     title = _required_text(given, "name", where=name)
     principles = _principles(given.get("principles"), where=name)
