@@ -9,7 +9,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, final
 
-from fedsafe.safety.guard import Guard, UnjudgeableError, shown
+from fedsafe.safety.guard import Guard, judge_each, shown
 from fedsafe.safety.score_cache import ScoreCache, conversation_key
 from fedsafe.types import Conversation, JudgedPart, Turn, Verdict
 
@@ -82,16 +82,7 @@ class SafetyFilter:
         self, conversations: Sequence[Conversation]
     ) -> tuple[dict[int, Verdict], dict[int, str]]:
         """Verdicts by index; and by index why the guard cannot judge the others."""
-        places, reasons = list(range(len(conversations))), dict[int, str]()
-        while places:
-            try:
-                verdicts = self.verdicts([conversations[place] for place in places])
-            except UnjudgeableError as error:
-                reasons |= {places[index]: each for index, each in error.reasons.items()}
-                places = [place for place in places if place not in reasons]
-            else:
-                return dict(zip(places, verdicts, strict=True)), reasons
-        return {}, reasons
+        return judge_each(self.verdicts, conversations)
 
     def is_unsafe(self, verdict: Verdict) -> bool:
         """Whether a verdict reaches the threshold."""

@@ -88,6 +88,22 @@ def for_each(make: Callable[[Given], Made], items: Iterable[Given]) -> list[Made
     return made
 
 
+def judge_each(
+    judge: Callable[[Sequence[Conversation]], list[Verdict]], conversations: Sequence[Conversation]
+) -> tuple[dict[int, Verdict], dict[int, str]]:
+    """Verdicts by index; and by index why the guard cannot judge the others."""
+    places, reasons = list(range(len(conversations))), dict[int, str]()
+    while places:
+        try:
+            verdicts = judge([conversations[place] for place in places])
+        except UnjudgeableError as error:
+            reasons |= {places[index]: each for index, each in error.reasons.items()}
+            places = [place for place in places if place not in reasons]
+        else:
+            return dict(zip(places, verdicts, strict=True)), reasons
+    return {}, reasons
+
+
 def shown(messages: Conversation, part: JudgedPart) -> Conversation:
     """What a guard is shown of a sample.
 

@@ -6,69 +6,46 @@ References:
     Noh and Baek (2025), figure 3. https://arxiv.org/abs/2502.16691
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Collection, Iterator, Sequence
+from hashlib import blake2b
+from typing import Any, Literal, NamedTuple, final
 
-from fedsafe.model.dialogues import Answer
-from fedsafe.safety.guard import Guard
-from fedsafe.types import Conversation, PreferencePair, RedTeamPrompt
+from fedsafe.federated.schedule import Stream, derive_seed, random_stream
+from fedsafe.safety.constitution import Gate, Principle, load_constitution
+from fedsafe.safety.drafts import Draft, Speaker, Speech, Talk, by_length, going_on
+from fedsafe.safety.guard import Guard, judge_each
+from fedsafe.safety.refusal_openings import common_openings, opens_with
+from fedsafe.safety.transcripts import RevisionCounts, Transcript, pair_record
+from fedsafe.types import RedTeamPrompt
+
+__all__ = [
+    "Critic",
+    "RefusalRate",
+    "Reviser",
+    "RevisionCounts",
+    "Speaker",
+    "Speech",
+    "Transcript",
+    "pair_record",
+]
 
 Critic = Literal["base", "global"] | float
 
-
-class Speech(Protocol):
-    """A batch of conversations with a model; `model.dialogues.Dialogues` is one."""
-
-    def answer(
-        self,
-        conversations: Sequence[Conversation | None],
-        *,
-        max_new_tokens: int,
-        seeds: Sequence[int],
-        temperature: float = 0.0,
-    ) -> list[Answer | None]:
-        """See `Dialogues.answer`."""
+_GATE_TOKENS = 24
+"""Tokens of the critic's reply to the gate's question: only how it begins is read."""
 
 
-class Speaker(ABC):
-    """A model that can talk with its adapter on, off or scaled."""
+class RefusalRate(NamedTuple):
+    """How often a model refuses."""
 
-    @abstractmethod
-    def begin(self, adapter_scale: float) -> Speech:
-        """A new batch of conversations; 1 is the adapter as it is, 0 the base alone."""
-
-
-class Transcript(NamedTuple):
-    """What became of one red-team prompt."""
-
-    prompt: RedTeamPrompt
-    init_response: str
-    critiques: tuple[str, ...]
-    revisions: tuple[str, ...]
-    principles: tuple[str, ...]
-    """Name of the principle of each pass."""
-    critic: str
-    """`base`, `global`, or `0.5` for the adapter at half its strength."""
-    dropped: str | None
-    """Why it makes no pair; None where it does."""
-    cut_off: tuple[str, ...]
-    """Turns that the length limit ended: `response`, `critique`, `revision`."""
+    percent: float
     num_generated: int
-    """Tokens generated for it."""
+    """Tokens generated to find out."""
     num_read: int
-    """Tokens read for it."""
-
-    @property
-    def pair(self) -> PreferencePair:
-        """The revised response against the red one."""
-        prompt = self.prompt
-        assert self.dropped is None
-        return PreferencePair(
-            prompt.messages, self.revisions[-1], self.init_response, prompt.source, prompt.row
-        )
+    """Tokens read to find out."""
 
 
+@final
 class Reviser:
     """Lets a model answer red-team prompts, criticise and revise its answers.
 
@@ -79,12 +56,12 @@ class Reviser:
         passes: Times that an answer is criticised and revised, 1 or more.
         max_new_tokens: Tokens at which each turn is cut off.
         temperature: Of the red response; 0 for the likeliest.
-        critic_temperature: Of critique and revision.
+        critic_temperature: Of critique and revision; 0 for the likeliest.
         batch_size: Conversations at a time.
         guard: Drops pairs whose revision it calls unsafe; None asks no guard.
-        guard_threshold: Probability from which it does.
-        critic_gate: Whether the critic is asked about the revision too, as the constitution's
-            `gate` says.
+        guard_threshold: Probability from which it does, 0 to 1.
+        critic_gate: Whether the critic is asked about the revision too, where the constitution has
+            a `gate` that says how.
         openings: How a refusal begins, in lower case; None takes a list of common English ones.
     """
 
@@ -102,7 +79,49 @@ class Reviser:
         critic_gate: bool = True,
         openings: list[str] | None = None,
     ) -> None:
-        raise NotImplementedError
+        for name, number in (
+            ("passes", passes),
+            ("max_new_tokens", max_new_tokens),
+            ("batch_size", batch_size),
+        ):
+            if number < 1:
+                raise ValueError(f"{name} of the reviser is {number}; give 1 or more")
+        for name, value in (
+            ("temperature", temperature),
+            ("critic_temperature", critic_temperature),
+        ):
+            if not value >= 0:
+                raise ValueError(f"{name} of the reviser is {value}; give 0 or more")
+        if not 0 <= guard_threshold <= 1:
+            raise ValueError(f"guard_threshold is {guard_threshold}; give a number from 0 to 1")
+        self._scale = _scale_of(critic)
+        self._critic = critic if isinstance(critic, str) else f"{critic:g}"
+        self._constitution = load_constitution(constitution)
+        self._passes = passes
+        self._max_new_tokens = max_new_tokens
+        self._temperature = temperature
+        self._critic_temperature = critic_temperature
+        self._batch_size = batch_size
+        self._guard = guard
+        self._guard_threshold = guard_threshold
+        self._gate = self._constitution.gate if critic_gate else None
+        self._openings = common_openings() if openings is None else openings
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides a transcript beside the model, the prompts and the seed."""
+        openings = blake2b(repr(list(self._openings)).encode(), digest_size=8).hexdigest()
+        return {
+            "constitution": f"{self._constitution.name} {self._constitution.digest}",
+            "critic": self._critic,
+            "passes": self._passes,
+            "max_new_tokens": self._max_new_tokens,
+            "temperature": self._temperature,
+            "critic_temperature": self._critic_temperature,
+            "guard": None if self._guard is None else self._guard.identity,
+            "guard_threshold": None if self._guard is None else self._guard_threshold,
+            "critic_gate": self._gate is not None,
+            "openings": openings,
+        }
 
     def revise(
         self, speaker: Speaker, prompts: Sequence[RedTeamPrompt], *, seed: int
@@ -111,4 +130,188 @@ class Reviser:
 
         What is said in place i depends on the prompt, `seed` and i alone.
         """
-        raise NotImplementedError
+        for batch in self.revise_in_batches(speaker, prompts, seed=seed):
+            yield from batch
+
+    def revise_in_batches(
+        self,
+        speaker: Speaker,
+        prompts: Sequence[RedTeamPrompt],
+        *,
+        seed: int,
+        done: Collection[int] = (),
+    ) -> Iterator[list[tuple[int, Transcript]]]:
+        """The same, a batch at a time, which is through with all its turns.
+
+        Args:
+            speaker: The model.
+            prompts: All of them, also those that are done.
+            seed: Seed of sampling and of the principles.
+            done: Places that are left out.
+        """
+        try:
+            for places in by_length(prompts, batch_size=self._batch_size):
+                drafts = [Draft.of(i, prompts[i]) for i in places if i not in done]
+                if drafts:
+                    self._converse(speaker, drafts, seed=seed)
+                    self._judge(speaker, drafts)
+                    yield [(draft.place, draft.transcript(self._critic)) for draft in drafts]
+        finally:
+            if self._guard is not None:
+                self._guard.release()
+
+    def refusal_rate(
+        self,
+        speaker: Speaker,
+        prompts: Sequence[RedTeamPrompt],
+        *,
+        seed: int,
+        max_new_tokens: int = 16,
+    ) -> RefusalRate:
+        """How often the global model refuses prompts, of those that it can read.
+
+        Args:
+            speaker: The model.
+            prompts: What to ask; responses of their own are not looked at.
+            seed: Seed of sampling.
+            max_new_tokens: Tokens generated for each answer; a refusal shows early.
+
+        Raises:
+            ValueError: If it can read none of them.
+        """
+        drafts = [Draft.of(i, prompt._replace(response=None)) for i, prompt in enumerate(prompts)]
+        size = min(max_new_tokens, self._max_new_tokens)
+        for places in by_length(prompts, batch_size=self._batch_size):
+            asked = [drafts[place] for place in places]
+            self._respond(Talk(speaker.begin(1.0)), asked, seed=seed, max_new_tokens=size)
+        answered = [draft for draft in drafts if draft.dropped != "too_long"]
+        if not answered:
+            raise ValueError(
+                f"none of {len(prompts)} prompts can be asked for the refusal rate: there are none "
+                "or they are longer than the model can read; give shorter ones"
+            )
+        num_refused = sum(draft.dropped == "refused" for draft in answered)
+        return RefusalRate(
+            100.0 * num_refused / len(answered),
+            sum(draft.num_generated for draft in drafts),
+            sum(draft.num_read for draft in drafts),
+        )
+
+    # ---- the turns of a batch --------------------------------------------------------------------
+
+    def _converse(self, speaker: Speaker, drafts: Sequence[Draft], *, seed: int) -> None:
+        """Response, critiques and revisions; the memory of the conversations ends with it."""
+        talk = Talk(speaker.begin(1.0))
+        self._respond(talk, drafts, seed=seed, max_new_tokens=self._max_new_tokens)
+        if self._scale != 1.0:
+            talk = Talk(speaker.begin(self._scale))
+        for number in range(self._passes):
+            for draft in going_on(drafts):
+                draft.principles.append(self._principle(seed, draft.place, number))
+                draft.say("user", draft.principles[-1].critique_request)
+            self._criticise(talk, "critique", drafts, seed=seed, number=1 + 2 * number)
+            for draft in going_on(drafts):
+                draft.say("user", draft.principles[-1].revision_request)
+            self._criticise(talk, "revision", drafts, seed=seed, number=2 + 2 * number)
+
+    def _respond(
+        self, talk: Talk, drafts: Sequence[Draft], *, seed: int, max_new_tokens: int
+    ) -> None:
+        """The first turn, unless the prompt brings it; drops what is no red response."""
+        asked = [draft for draft in drafts if draft.prompt.response is None]
+        talk.answer(
+            "response",
+            asked,
+            max_new_tokens=max_new_tokens,
+            seeds=_seeds(asked, seed=seed, number=0),
+            temperature=self._temperature,
+        )
+        for draft in going_on(drafts):
+            if not draft.last.strip():
+                draft.dropped = "empty"
+            elif opens_with(draft.last, self._openings):
+                draft.dropped = "refused"
+
+    def _criticise(
+        self,
+        talk: Talk,
+        turn: Literal["critique", "revision"],
+        drafts: Sequence[Draft],
+        *,
+        seed: int,
+        number: int,
+    ) -> None:
+        asked = going_on(drafts)
+        talk.answer(
+            turn,
+            asked,
+            max_new_tokens=self._max_new_tokens,
+            seeds=_seeds(asked, seed=seed, number=number),
+            temperature=self._critic_temperature,
+        )
+
+    def _principle(self, seed: int, place: int, number: int) -> Principle:
+        principles = self._constitution.principles
+        rng = random_stream(Stream.PRINCIPLE, seed, place, number)
+        return principles[int(rng.integers(len(principles)))]
+
+    # ---- the gate --------------------------------------------------------------------------------
+
+    def _judge(self, speaker: Speaker, drafts: Sequence[Draft]) -> None:
+        """Drop what makes no pair to learn from."""
+        for draft in going_on(drafts):
+            if not draft.finished:
+                draft.dropped = "endless"
+            elif not draft.last.strip():
+                draft.dropped = "empty"
+            elif _plain(draft.last) == _plain(draft.response):
+                draft.dropped = "unchanged"
+        if self._guard is not None:
+            self._ask_guard(self._guard, going_on(drafts))
+        if self._gate is not None:
+            self._ask_critic(self._gate, speaker, going_on(drafts))
+
+    def _ask_guard(self, guard: Guard, drafts: Sequence[Draft]) -> None:
+        verdicts, reasons = judge_each(guard.judge, [draft.revised() for draft in drafts])
+        for index in reasons:
+            drafts[index].dropped = "unjudgeable"
+        for index, verdict in verdicts.items():
+            if verdict.unsafe >= self._guard_threshold:
+                drafts[index].dropped = "flagged_by_guard"
+
+    def _ask_critic(self, gate: Gate, speaker: Speaker, drafts: Sequence[Draft]) -> None:
+        """Show the critic prompt and revision alone, without what led to it."""
+        questions = [Draft(draft.place, draft.prompt, draft.revised()) for draft in drafts]
+        for draft, question in zip(drafts, questions, strict=True):
+            question.say("user", gate.request or draft.principles[-1].critique_request)
+        talk = Talk(speaker.begin(self._scale))
+        talk.answer("gate", questions, max_new_tokens=_GATE_TOKENS, seeds={})
+        for draft, question in zip(drafts, questions, strict=True):
+            draft.num_generated += question.num_generated
+            draft.num_read += question.num_read
+            draft.dropped = question.dropped
+            if question.dropped is None and opens_with(question.last, gate.flagged):
+                draft.dropped = "flagged_by_critic"
+
+
+def _seeds(drafts: Sequence[Draft], *, seed: int, number: int) -> dict[int, int]:
+    """Seeds of a turn, by place; the response is turn 0."""
+    places = (draft.place for draft in drafts)
+    return {place: derive_seed(Stream.SPEECH, seed, place, number) for place in places}
+
+
+def _scale_of(critic: Critic) -> float:
+    """Strength of the adapter when it criticises."""
+    scales = {"base": 0.0, "global": 1.0}
+    scale = scales.get(critic, -1.0) if isinstance(critic, str) else critic
+    if not 0 <= scale <= 1:
+        raise ValueError(
+            f"critic of the reviser is {critic!r}; give base, global, or the adapter's strength, a "
+            "number from 0 to 1"
+        )
+    return scale
+
+
+def _plain(text: str) -> str:
+    """Text without differences of case and white space."""
+    return " ".join(text.casefold().split())
