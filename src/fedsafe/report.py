@@ -14,7 +14,7 @@ from fedsafe.data.datamodule import FederatedDataModule
 from fedsafe.data.filtered import FilterReport, FilterRow
 from fedsafe.federated.csv_logger import RoundCSVLogger
 from fedsafe.federated.partition import PartitionRow
-from fedsafe.federated.round_log import RoundLog
+from fedsafe.federated.round_log import RoundLog, cai_costs
 from fedsafe.guard_report import FIGURES, UNDEFINED
 
 mpl.use("Agg")
@@ -148,12 +148,23 @@ def summary_table(
     measured = {"loss": "train/loss", **{n: n for n in last if n.startswith("val/")}}
     for name, label in measured.items():
         table.add_row(label, f"{_number(first.get(name))} → {_number(last.get(name))}")
+    if any("cai" in row for row in rows):
+        table.add_row("constitution", _cai_line(cai_costs(rows), num_rounds=len(rows)))
     seconds = sum(row["seconds"] for row in rows)
     table.add_row("training", f"{seconds:,.1f} s, {sum(r['tokens'] for r in rows):,} answer tokens")
     up, down = (sum(row[name] for row in rows) / 1e6 for name in ("bytes_up", "bytes_down"))
     table.add_row("on the wire", f"{up:,.1f} MB up, {down:,.1f} MB down")
     table.add_row("files", str(run_dir))
     return table
+
+
+def _cai_line(costs: dict[str, float], *, num_rounds: int) -> str:
+    """Constitutional training in one line."""
+    return (
+        f"trained after {costs['visits']:,} of {num_rounds} rounds on {costs['kept']:,} revised "
+        f"answers to {costs['asked']:,} prompts: {costs['sft_steps']:,} + {costs['dpo_steps']:,} "
+        f"steps (SFT + DPO), {costs['seconds']:,.1f} s"
+    )
 
 
 def draw_rounds(rows: Sequence[dict[str, Any]], file: Path) -> None:
@@ -195,6 +206,41 @@ def filter_lines(summary: Sequence[dict[str, Any]]) -> list[str]:
             left = f"{counts['harm_left']:,.0f} of {counts['harm']:,.0f} harmful ones got through"
             lines.append(f"{_name_of(row)}: {done}; {left}")
     return lines
+
+
+def cai_table(summary: Sequence[dict[str, Any]]) -> Table | None:
+    """What constitutional training gained and cost, by row; None where no row has any."""
+    rows = [row for row in summary if "cai" in row]
+    if not rows:
+        return None
+    title = "Constitutional training, mean of the seeds, per run"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    table.add_column("method", no_wrap=True)
+    headings = (
+        "refusal",
+        "help",
+        "sec",
+        "revise",
+        "train",
+        "rounds",
+        "pairs",
+        "SFT",
+        "DPO",
+        "kTok",
+    )
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        costs = row["cai"]
+        tokens = sum(costs[f"tokens_{name}"] for name in ("generated", "read", "trained"))
+        table.add_row(
+            _name_of(row),
+            *(f"{row['metrics'][name]['mean']:.1f}" for name in ("refusal_rate", "help_rate")),
+            *(f"{costs[f'seconds{name}']:.1f}" for name in ("", "_revising", "_training")),
+            *(f"{costs[name]:.0f}" for name in ("visits", "kept", "sft_steps", "dpo_steps")),
+            f"{tokens / 1000:,.0f}",
+        )
+    return table
 
 
 def guard_stages_table(stages: Sequence[dict[str, Any]]) -> Table:

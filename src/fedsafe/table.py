@@ -67,7 +67,8 @@ def run_table(
 
     Returns:
         `rows`: one entry a cell: `method`, `aggregation`, `seed`, `metrics` (percent), `seconds`,
-        and with a guard `filter`, counts of what it did to the clients' samples;
+        with a guard `filter`, counts of what it did to the clients' samples, and with
+        constitutional training `cai`, its counts and costs;
         `summary`: one entry a row, with mean and spread (standard deviation) over the seeds;
         `guards`: two entries a guard: `name`, `stage` (before or after training), `accuracy`,
         `precision`, `recall`, `f1` and others, shares of 1;
@@ -125,11 +126,13 @@ def summarise(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _mean_counts(group: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """What the filter did, on average, to one seed's samples; nothing without a filter."""
-    counts = [each["filter"] for each in group if "filter" in each]
-    if not counts:
-        return {}
-    return {"filter": {n: statistics.fmean(each[n] for each in counts) for n in counts[0]}}
+    """What filter and constitutional training did in one seed's run, on average; if anything."""
+    means = {}
+    for name in ("filter", "cai"):
+        counts = [each[name] for each in group if name in each]
+        if counts:
+            means[name] = {n: statistics.fmean(each[n] for each in counts) for n in counts[0]}
+    return means
 
 
 def _mean_and_spread(values: Sequence[float]) -> dict[str, float]:

@@ -25,6 +25,7 @@ from fedsafe.data.sources import load_samples
 from fedsafe.data.tokenizer import load_tokenizer
 from fedsafe.evaluation.guard_evaluation import measure_guard
 from fedsafe.evaluation.guard_metrics import GuardScores
+from fedsafe.federated.round_log import RoundLog, cai_costs
 from fedsafe.model.lora import load_base
 from fedsafe.model.pretrained import load_trained
 from fedsafe.safety.guard_model import GuardModel
@@ -49,6 +50,8 @@ class Row:
         configs: Configuration files of `fedsafe fit`, later over earlier; none is the base alone.
         harm_share: Share of harmful stand-ins in the clients' data, 0 to 1.
         guard: Name of the table's guard that filters the clients' data; None filters nothing.
+        cai: Whether the configurations have constitutional training (`data.cai`), which takes its
+            prompts and helpful answers from the row's world.
     """
 
     method: str
@@ -56,6 +59,7 @@ class Row:
     configs: tuple[str, ...] = ()
     harm_share: float = 0.2
     guard: str | None = None
+    cai: bool = False
 
 
 @dataclass
@@ -202,6 +206,8 @@ def _train_and_evaluate(cell: Cell, fit: Fit) -> dict[str, Any]:
     result: dict[str, Any] = {"metrics": evaluate(adapted, tokenizer, seed=cell.seed)}
     if cell.guard is not None:
         result["filter"] = _filter_counts(run_dir / "filter.json")
+    if cell.row.cai:
+        result["cai"] = cai_costs(RoundLog(run_dir / "rounds.jsonl").read())
     return result
 
 
@@ -211,10 +217,18 @@ def _cell_overrides(cell: Cell) -> dict[str, Any]:
     if cell.guard is not None:
         settings = _guard_settings(cell.guard)
         data["filter"] = {"guard": {"class_path": _GUARD_CLASS, "init_args": settings}}
+    openings = list(load_grammar().refusal_openings)
+    if cell.row.cai:
+        constitution = str(cell.world / "constitution.yaml")
+        data["cai"] = {
+            "prompts": str(cell.world / "red_team.jsonl"),
+            "helpful": str(cell.world / "helpful.jsonl"),
+            "reviser": {"constitution": constitution, "openings": openings},
+        }
     probe = {
         "path": str(cell.world / "red_team.jsonl"),
         "temperature": 1.0,
-        "openings": list(load_grammar().refusal_openings),
+        "openings": openings,
     }
     probe_class = "fedsafe.evaluation.refusal_probe.RefusalProbe"
     return {

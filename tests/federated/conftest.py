@@ -70,7 +70,16 @@ class Federation:
     def rows(self) -> list[dict[str, Any]]:
         """`rounds.jsonl` without the time it took, which no two runs share."""
         lines = (self.folder / "rounds.jsonl").read_text().splitlines()
-        return [{k: v for k, v in json.loads(x).items() if k != "seconds"} for x in lines]
+        return [without_seconds(json.loads(line)) for line in lines]
+
+
+def without_seconds(row: dict[str, Any]) -> dict[str, Any]:
+    """A record without the times it took, also in its parts."""
+    return {
+        name: without_seconds(value) if isinstance(value, dict) else value
+        for name, value in row.items()
+        if not name.startswith("seconds")
+    }
 
 
 FederationMaker = Callable[..., Federation]

@@ -10,7 +10,7 @@ from rich.console import Console
 from fedsafe.commands import training
 from fedsafe.commands.noise import quiet_known_noise
 from fedsafe.commands.parsing import CommandParser
-from fedsafe.report import draw_table, filter_lines, guard_stages_table, results_table
+from fedsafe.report import cai_table, draw_table, filter_lines, guard_stages_table, results_table
 from fedsafe.table import run_table
 from fedsafe.table_runs import Row, TableGuard
 
@@ -64,6 +64,9 @@ def table(
         console.print(results_table(results["summary"]))
         for line in filter_lines(results["summary"]):
             console.print(line, soft_wrap=True)
+        costs = cai_table(results["summary"])
+        if costs is not None:
+            console.print(costs)
         wrote = f"wrote {folder}/table.json, {folder}/table.png and {folder}/runs/"
         console.print(wrote, soft_wrap=True)
     if results["failed"]:

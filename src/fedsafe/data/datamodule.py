@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from fedsafe.data.augmentation import CaiAugmentation
 from fedsafe.data.chat import ensure_chat_template
 from fedsafe.data.filtered import FilteredSamples, FilterReport, filter_samples
 from fedsafe.data.loaders import EvaluationBatch, evaluation_loader, visits_loader
@@ -51,6 +52,7 @@ class FederatedDataModule(LightningDataModule):
         partition: How the samples are split over clients.
         filter: Guard that judges each client's samples before training, and what becomes of the
             unsafe ones; None trains on all.
+        cai: What the server trains on between the rounds (`federated.cai`); None is nothing.
         verdict_targets: Trains a guard: each conversation becomes the guard's prompt, answered by
             its `label`. None trains on the conversations themselves.
         tokenizer: Hub name or folder of the tokenizer; None takes the model's own.
@@ -73,6 +75,7 @@ class FederatedDataModule(LightningDataModule):
         path: str | list[str],
         partition: Partitioner | None = None,
         filter: SafetyFilter | None = None,
+        cai: CaiAugmentation | None = None,
         verdict_targets: VerdictTargets | None = None,
         tokenizer: str | None = None,
         train_tokenizer: int | None = None,
@@ -98,6 +101,7 @@ class FederatedDataModule(LightningDataModule):
         self.path = path
         self.partitioner = partition if partition is not None else IID(num_clients=10)
         self.filter = filter
+        self.cai = cai
         self.verdict_targets = verdict_targets
         self.tokenizer_name = tokenizer
         self.train_tokenizer = train_tokenizer
@@ -142,6 +146,18 @@ class FederatedDataModule(LightningDataModule):
         return self._store
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest sample, the server's own among them."""
+        server = self.cai.stores if self.cai is not None else []
+        return max([int(self.store.lengths.max()), *(each.longest for each in server)])
+
+    @property
+    def largest_id(self) -> int:
+        """Largest token id of all samples."""
+        server = self.cai.stores if self.cai is not None else []
+        return max([self.store.largest_id, *(each.largest_id for each in server)])
+
+    @property
     def num_validation_samples(self) -> int:
         """Samples held out from every client."""
         return len(self._validation)
@@ -171,6 +187,7 @@ class FederatedDataModule(LightningDataModule):
             "data.batch_size": self.batch_size,
             "data.max_length": self.max_length,
             "data.seed": self.seed,
+            **(self.cai.identity() if self.cai is not None else {}),
         }
 
     @cached_property
@@ -211,7 +228,7 @@ class FederatedDataModule(LightningDataModule):
             )
         round_, done = self.position
         plan = self.schedule.plan(round_)
-        if len(plan) == 0 and round_ < self.schedule.num_rounds:
+        if plan.num_client_batches == 0 and round_ < self.schedule.num_rounds:
             names = ", ".join(self.schedule.partition.names[v.client] for v in plan.visits)
             raise ValueError(
                 f"every client of round {round_ + 1} fails ({names}), there would be no update; "
@@ -262,6 +279,8 @@ class FederatedDataModule(LightningDataModule):
         self._partition = self._split(tokens, train)
         if self.filter is not None:
             tokens = self._apply(self.filter, samples, tokens)
+        if self.cai is not None:
+            self.cai.load(self.tokenizer, rejected=rejected)
         self._labels = tokens["label"]
         self._store = TokenStore(tokens)
 

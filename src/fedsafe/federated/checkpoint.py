@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from fedsafe.data.packing import TrainingBatch
+from fedsafe.federated.server_listener import ServerVisitListener
 
 
 def last_checkpoint(run_dir: Path) -> Path:
@@ -17,7 +18,7 @@ def last_checkpoint(run_dir: Path) -> Path:
     return run_dir / "checkpoints" / "last.ckpt"
 
 
-class RoundCheckpoint(Checkpoint):
+class RoundCheckpoint(Checkpoint, ServerVisitListener):
     """Saves the run to `checkpoints/last.ckpt` of the run directory at the end of each round.
 
     Args:
@@ -43,6 +44,11 @@ class RoundCheckpoint(Checkpoint):
             return
         steps, parts = divmod(batch_idx + 1, trainer.accumulate_grad_batches)
         if parts == 0 and steps % self.every_n_steps == 0:
+            self._save(trainer)
+
+    def on_server_step(self, trainer: Trainer, num_done: int) -> None:
+        """Save inside a server visit."""
+        if self.every_n_steps is not None and num_done % self.every_n_steps == 0:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

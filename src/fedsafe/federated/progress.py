@@ -7,9 +7,10 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from fedsafe.data.packing import TrainingBatch
+from fedsafe.federated.server_listener import ServerVisitListener
 
 
-class RoundProgressBar(TQDMProgressBar):
+class RoundProgressBar(TQDMProgressBar, ServerVisitListener):
     """One bar a round, `round 3/50 · client 2/5`, with the figures of the last round.
 
     Where the output is no terminal but a file or a pipe, a line at the end of each round instead.
@@ -29,11 +30,18 @@ class RoundProgressBar(TQDMProgressBar):
     ) -> None:
         """Say which visit begins."""
         key = batch.key
+        if key.is_server_visit:
+            return
         if key.starts_visit or batch_idx == 0:
             num_visits = trainer.datamodule.schedule.clients_per_round  # type: ignore[attr-defined]
             self.train_progress_bar.set_description_str(
                 f"round {key.round + 1}/{key.num_rounds} · client {key.visit + 1}/{num_visits}"
             )
+
+    def on_server_progress(self, trainer: Trainer, doing: str) -> None:
+        """Say what the server is doing."""
+        if self._train_progress_bar is not None:  # pairs may be made before the first round
+            self._train_progress_bar.set_description_str(f"{_round_of(trainer)} · server: {doing}")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the figures of the round."""

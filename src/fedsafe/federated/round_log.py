@@ -3,8 +3,22 @@
 import json
 import math
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+_CAI_TOTALS = (
+    "asked",
+    "kept",
+    "sft_steps",
+    "dpo_steps",
+    "tokens_generated",
+    "tokens_read",
+    "tokens_trained",
+    "seconds",
+    "seconds_revising",
+    "seconds_training",
+)
 
 
 class RoundLog:
@@ -49,6 +63,14 @@ class RoundLog:
             except json.JSONDecodeError:
                 break
         return rows
+
+
+def cai_costs(rounds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What constitutional training did and cost in all rounds of a run, in numbers."""
+    visits = [row[name] for row in rounds for name in ("cai", "cai_before") if name in row]
+    totals = {name: sum(visit.get(name, 0) for visit in visits) for name in _CAI_TOTALS}
+    trained = sum(visit.get("sft_steps", 0) + visit.get("dpo_steps", 0) > 0 for visit in visits)
+    return {"visits": trained, **totals}
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -5,32 +5,37 @@ The round, as in McMahan et al. (2017), Algorithm 1 (https://arxiv.org/abs/1602.
     for each round t:
         S_t = sampled clients
         for each client k in S_t:  w_k = local training from x_t     (batches of the epoch)
-        x_{t+1} = server optimizer(x_t, sum_k n_k w_k / sum_k n_k)   (before validation)
+        x_{t+1} = server optimizer(x_t, sum_k n_k w_k / sum_k n_k)
+        x_{t+1} = constitutional training(x_{t+1})                   (optional; one more batch)
+                                                                     (validation comes last)
 """
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from torch import Tensor
 
 from fedsafe.data.datamodule import GLOBAL_ADAPTER, FederatedDataModule
-from fedsafe.data.loaders import EvaluationBatch
 from fedsafe.data.packing import TrainingBatch
 from fedsafe.federated.client_drift import ClientDrift
+from fedsafe.federated.constitutional_server import ConstitutionalServer
+from fedsafe.federated.constitutional_training import ConstitutionalTraining
 from fedsafe.federated.local_training import LocalTraining
+from fedsafe.federated.round_evaluation import RoundEvaluation
 from fedsafe.federated.round_log import RoundLog
-from fedsafe.federated.run_files import client_folder, save_with_tokenizer
-from fedsafe.federated.schedule import RoundPlan, Schedule
+from fedsafe.federated.run_files import client_folder, save_base_with_tokenizer, save_with_tokenizer
+from fedsafe.federated.schedule import RoundPlan, Schedule, num_sampled
 from fedsafe.federated.server import Server
 from fedsafe.federated.server_optimizer import FedAvg, ServerOptimizer
+from fedsafe.federated.server_visit import NonFiniteLossError, ServerVisit
 from fedsafe.federated.trainer_settings import check_trainer
-from fedsafe.model.lora import save_random_base
 from fedsafe.model.module import LoraLM, refuse_difference
 
 
-class FederatedRounds(Callback):
+class FederatedRounds(RoundEvaluation):
     """Makes a fit of `LoraLM` on a `FederatedDataModule` federated.
 
     `max_epochs` of the Trainer is the number of rounds.
@@ -45,6 +50,8 @@ class FederatedRounds(Callback):
         weighting: What a client's weight in the mean is: its samples, its answer tokens, or 1.
         server_optimizer: What the server does with the clients' mean.
         client_drift: Correction of local gradients against client drift; None is none.
+        cai: Constitutional training of the global adapter after the average, on the data that
+            `data.cai` describes; None is none.
         failure_probability: Chance that a sampled client fails and returns nothing, 0 to 1.
         seed: Seed of the sampled clients, of their batches' order and of failures.
     """
@@ -58,6 +65,7 @@ class FederatedRounds(Callback):
         weighting: Literal["samples", "tokens", "uniform"] = "samples",
         server_optimizer: ServerOptimizer | None = None,
         client_drift: ClientDrift | None = None,
+        cai: ConstitutionalTraining | None = None,
         failure_probability: float = 0.0,
         seed: int = 0,
     ) -> None:
@@ -65,6 +73,10 @@ class FederatedRounds(Callback):
             raise ValueError(
                 f"mode {mode!r} has no federated server; "
                 "leave server_optimizer and client_drift out"
+            )
+        if mode == "local" and cai is not None:
+            raise ValueError(
+                "mode 'local' has no global adapter for the server to train; leave cai out"
             )
         if local_steps is None and local_epochs is None:
             local_epochs = 1
@@ -75,6 +87,7 @@ class FederatedRounds(Callback):
         self.weighting = weighting
         self.server_optimizer = server_optimizer if server_optimizer is not None else FedAvg()
         self.client_drift = client_drift
+        self.cai = cai
         self.failure_probability = failure_probability
         self.seed = seed
         self._start_afresh()
@@ -82,6 +95,9 @@ class FederatedRounds(Callback):
     def _start_afresh(self) -> None:
         self._resumed: dict[str, Any] | None = None
         self._local: LocalTraining | None = None
+        self._server_visit: ServerVisit | None = None
+        self._record: dict[str, Any] = {}
+        self._pairs_before: dict[str, Any] | None = None
         self._row: dict[str, Any] | None = None
         self._elapsed = 0.0
         self._fitting = False
@@ -92,24 +108,30 @@ class FederatedRounds(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: TrainingBatch, batch_idx: int
     ) -> None:
-        """Begin a visit: the client gets the global adapter and a fresh optimizer."""
+        """Begin a visit: the client gets the global adapter and a fresh optimizer.
+
+        The server's own visit takes place here; the batch that stands for it changes nothing.
+        """
         self._batch_started = time.perf_counter()
+        if batch.key.is_server_visit:
+            self._visit_server(trainer, pl_module)
+            return
         client = batch.key.client
         if self._local is None:
             self._local = LocalTraining(
                 self._adapter, trainer.optimizers[0], self.server.correction_for(client)
             )
         if batch.key.starts_visit:
-            fresh = self.mode != "central" or batch.key.round == 0
-            self._local.begin(self.server.start_of(client), fresh_optimizer=fresh)
+            goes_on = self.mode == "central" and batch.key.round > 0 and self.cai is None
+            self._local.begin(self.server.start_of(client), fresh_optimizer=not goes_on)
         elif self._resumed is not None:
             self._local.load_state_dict(self._resumed["local"])
         self._resumed = None
 
     def on_before_optimizer_step(self, *args: Any) -> None:
         """Correct the gradients against client drift."""
-        assert self._local is not None
-        self._local.correct_gradients()
+        if self._local is not None:
+            self._local.correct_gradients()
 
     def on_train_batch_end(
         self,
@@ -119,13 +141,15 @@ class FederatedRounds(Callback):
         batch: TrainingBatch,
         batch_idx: int,
     ) -> None:
-        """End a visit: the server takes its update. After the last one, end the round."""
-        assert self._local is not None
-        self._local.record(outputs["nll_sum"], num_tokens=len(batch.targets))
+        """End a visit: the server takes its update. After the last one, average; end the round."""
         self._batches_done += 1
-        if batch.key.ends_visit:
-            self._end_visit(batch.key.client)
+        if self._local is not None:
+            self._local.record(outputs["nll_sum"], num_tokens=len(batch.targets))
+            if batch.key.ends_visit:
+                self._end_visit(batch.key.client)
         self._elapsed += time.perf_counter() - self._batch_started
+        if self._batches_done == self._plan.num_client_batches:
+            self._aggregate()
         if self._batches_done == len(self._plan):
             self._end_round()
 
@@ -141,15 +165,38 @@ class FederatedRounds(Callback):
         )
         self._local = None
 
-    def _end_round(self) -> None:
+    def _aggregate(self) -> None:
         for visit in self._plan.visits:
             if visit.failed:
                 self.server.note_failure(self._partition.names[visit.client])
-        record = self.server.close_round(num_clients=self._partition.num_holding)
+        self._record = self.server.close_round(num_clients=self._partition.num_holding)
         if self.mode != "federated":
-            record |= {"bytes_up": 0, "bytes_down": 0}  # no adapter travels
+            self._record |= {"bytes_up": 0, "bytes_down": 0}  # no adapter travels
         self._adapter.write(self.server.adapter)
+
+    def _visit_server(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Train the average on revised answers, or go on where a checkpoint left off."""
+        saved = self._resumed["server_visit"] if self._resumed is not None else None
+        self._server_visit = self._constitutional.begin(self._round, saved)
+        self._resumed = None
+        try:
+            record = self._server_visit.run()
+        except NonFiniteLossError as error:
+            self._adapter.write(self.server.adapter)
+            self._save_adapters(trainer, pl_module)
+            raise ValueError(
+                f"{error}; adapter/ holds the average of the round's clients. Lower the learning "
+                "rates of federated.cai and resume"
+            ) from error
+        self._server_visit = None
+        self._record |= {"cai": record}
+        self.server.adapter = self._adapter.read()
+
+    def _end_round(self) -> None:
+        record, self._record = self._record, {}
         self._row = {"round": self._round + 1, **record, "seconds": round(self._elapsed, 3)}
+        if self._round == 0 and self._pairs_before is not None:
+            self._row["cai_before"] = self._pairs_before
         if self.mode == "local":
             self._data.validated_clients[:] = [v.client for v in self._plan.visits]
         self._elapsed = 0.0
@@ -169,40 +216,6 @@ class FederatedRounds(Callback):
             self._log.append(self._row)
         self._row = None
 
-    # ---- evaluation ------------------------------------------------------------------------------
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Load the global adapter where no fit is under way."""
-        self._load_global(pl_module)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Load the global adapter: a checkpoint inside a round holds a client's beside it."""
-        self._load_global(pl_module)
-
-    def _load_global(self, pl_module: LightningModule) -> None:
-        if self._to_evaluate is not None:
-            assert isinstance(pl_module, LoraLM)
-            adapter = pl_module.flat_adapter()
-            adapter.write(self._to_evaluate.to(adapter.device))
-
-    def on_validation_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: EvaluationBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Load the adapter that the batch is for; without averaging each client has its own."""
-        if batch.client != GLOBAL_ADAPTER:
-            self._adapter.write(self.server.start_of(batch.client))
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add what validation measured to the round's record; checkpoints from now on hold it."""
-        if self._row is not None:
-            measured = trainer.callback_metrics.items()
-            self._row |= {name: x.item() for name, x in measured if name.startswith("val/")}
-
     # ---- setting up ------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -219,6 +232,11 @@ class FederatedRounds(Callback):
                 f"{type(pl_module).__name__} and {type(data).__name__}"
             )
         self._data = data
+        if (self.cai is None) != (data.cai is None):
+            raise ValueError(
+                "constitutional training needs data.cai, its data, and federated.cai, its rules; "
+                f"only {'data' if self.cai is None else 'federated'}.cai is given"
+            )
         self._schedule = self._make_schedule(trainer)
         self._partition = self._schedule.partition
         data.schedule = self._schedule
@@ -230,11 +248,10 @@ class FederatedRounds(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse samples that the model cannot read."""
         assert isinstance(pl_module, LoraLM)
-        store = self._data.store
         pl_module.check_data(
             vocab_size=len(self._data.tokenizer),
-            longest=int(store.lengths.max()),
-            largest_id=store.largest_id,
+            longest=self._data.longest,
+            largest_id=self._data.largest_id,
         )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -255,13 +272,17 @@ class FederatedRounds(Callback):
                 "Trainer another default_root_dir"
             )
         if trainer.is_global_zero:
-            finished = self._round - (self._row is not None)
-            self._log.keep(finished)
+            self._log.keep(self._round - (self._row is not None))
             self._data.write_verdicts(Path(trainer.default_root_dir))
             if pl_module.hparams["from_config"] is not None:  # a base that exists nowhere else
                 folder = Path(trainer.default_root_dir) / "base"
-                save_random_base(pl_module.peft_model, folder)
-                self._data.tokenizer.save_pretrained(folder)
+                save_base_with_tokenizer(pl_module.peft_model, self._data.tokenizer, folder=folder)
+        if self.cai is not None:
+            assert self._data.cai is not None
+            self._constitutional = ConstitutionalServer(
+                self.cai, self._data.cai, trainer=trainer, module=pl_module, seed=self.seed
+            )
+            self._pairs_before = self._constitutional.start(self._resumed)
         if self._row is not None:  # killed between the round's last batch and its end
             self._write_round(trainer, pl_module)
             # Lightning begins afresh only if it has done as many batches as the new round has
@@ -272,26 +293,16 @@ class FederatedRounds(Callback):
         federation = Schedule(
             partition=self._data.partition,
             num_rounds=trainer.max_epochs,
-            clients_per_round=self._num_sampled(self._data.partition.num_holding),
+            clients_per_round=num_sampled(self.clients_per_round, self._data.partition.num_holding),
             batch_size=self._data.batch_size,
             local_steps=self.local_steps,
             local_epochs=self.local_epochs,
             num_micro=trainer.accumulate_grad_batches,
             failure_probability=self.failure_probability,
             seed=self.seed,
+            server_visits=self.cai.server_visits if self.cai is not None else "none",
         )
         return federation.in_one_place() if self.mode == "central" else federation
-
-    def _num_sampled(self, num_clients: int) -> int:
-        """Clients per round as a number."""
-        if isinstance(self.clients_per_round, int):
-            return self.clients_per_round
-        if not 0 < self.clients_per_round <= 1:
-            raise ValueError(
-                f"clients_per_round is {self.clients_per_round}; give a whole number of clients, "
-                "or a share of them above 0 and up to 1.0"
-            )
-        return max(1, round(self.clients_per_round * num_clients))
 
     def _weight(self, client: int) -> float:
         if self.weighting == "uniform":
@@ -317,6 +328,9 @@ class FederatedRounds(Callback):
             "batches_done": self._batches_done,
             "server": self.server.state_dict(),
             "local": self._local.state_dict() if self._local is not None else None,
+            "server_visit": self._server_visit and self._server_visit.state_dict(),
+            "record": self._record,
+            "pairs_before": self._pairs_before,
             "row": self._row,
             "elapsed": self._elapsed,
         }
@@ -335,6 +349,7 @@ class FederatedRounds(Callback):
                 "gradients; resume from one that was written after a step"
             )
         self._resumed = state_dict
+        self._record = state_dict["record"]
         self._row = state_dict["row"]
         self._elapsed = state_dict["elapsed"]
         self._go_to(state_dict["round"], batches_done=state_dict["batches_done"])
@@ -347,6 +362,7 @@ class FederatedRounds(Callback):
             **self._data.identity(),
             **{f"federated.{name}": getattr(self, name) for name in names},
             "federated.algorithm": "+".join(rules),
+            "federated.cai": self.cai.regime if self.cai is not None else None,
         }
 
     def _rules_of_round(self) -> dict[str, Any]:
@@ -356,6 +372,7 @@ class FederatedRounds(Callback):
             "federated.failure_probability": self.failure_probability,
             **_numbers_of("server_optimizer", self.server_optimizer),
             **_numbers_of("client_drift", self.client_drift),
+            **_numbers_of("cai", self.cai),
         }
 
     # ---- files -----------------------------------------------------------------------------------
@@ -365,16 +382,16 @@ class FederatedRounds(Callback):
         assert isinstance(pl_module, LoraLM)
         if not trainer.is_global_zero:
             return
+        save = partial(save_with_tokenizer, pl_module.peft_model, self._data.tokenizer)
         run_dir = Path(trainer.default_root_dir)
-        model, tokenizer = pl_module.peft_model, self._data.tokenizer
         if self.mode != "local":
-            save_with_tokenizer(model, tokenizer, folder=run_dir / "adapter")
+            save(folder=run_dir / "adapter")
             return
         for visit in self._schedule.plan(self._round - 1).visits:
             if visit.client in self.server.own_adapters:
                 self._adapter.write(self.server.start_of(visit.client))
                 name = client_folder(visit.client, self._partition.names[visit.client])
-                save_with_tokenizer(model, tokenizer, folder=run_dir / "adapters" / name)
+                save(folder=run_dir / "adapters" / name)
 
 
 def _numbers_of(name: str, rule: object) -> dict[str, float]:

@@ -10,12 +10,18 @@ from enum import IntEnum
 from functools import cached_property, lru_cache, partial
 from hashlib import blake2b
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedsafe.federated.partition import Partition
+
+SERVER = -1
+"""Number of the server among the clients, for the batch that stands for its own training."""
+
+ServerVisitRounds = Literal["none", "every", "last"]
+"""The rounds after whose aggregation the server trains."""
 
 
 class Stream(IntEnum):
@@ -77,6 +83,11 @@ class BatchKey(NamedTuple):
     """Samples of the whole optimizer step; the loss is their mean over answer tokens."""
 
     @property
+    def is_server_visit(self) -> bool:
+        """Whether this stands for the server's own training; there are no samples in it."""
+        return self.client == SERVER
+
+    @property
     def starts_visit(self) -> bool:
         """Whether this is the first batch of its visit."""
         return self.step == 0 and self.micro == 0
@@ -89,20 +100,30 @@ class BatchKey(NamedTuple):
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """The visits of one round, in order, and their batches."""
+    """The visits of one round, in order, and their batches.
+
+    A server visit is one batch without samples, after all others: how many steps it takes is not
+    known when the round begins.
+    """
 
     schedule: "Schedule"
     round: int
     visits: list[Visit]
+    has_server_visit: bool = False
 
     @cached_property
     def _ends(self) -> list[int]:
         """Batches up to and including each visit."""
         return list(accumulate(v.num_steps * self.schedule.num_micro for v in self.visits))
 
+    @property
+    def num_client_batches(self) -> int:
+        """Number of the clients' batches in the round."""
+        return self._ends[-1] if self._ends else 0
+
     def __len__(self) -> int:
         """Number of batches in the round."""
-        return self._ends[-1] if self._ends else 0
+        return self.num_client_batches + self.has_server_visit
 
     def batches(self, *, start: int = 0) -> Iterator[BatchKey]:
         """The round's batches from number `start` on, without drawing the ones before."""
@@ -110,6 +131,23 @@ class RoundPlan:
             if start < end:
                 begin = end - visit.num_steps * self.schedule.num_micro
                 yield from self.schedule.batches_of(visit, start=max(0, start - begin))
+        if self.has_server_visit and start < len(self):
+            yield self._server_key()
+
+    def _server_key(self) -> BatchKey:
+        none = np.zeros(0, dtype=np.int64)
+        return BatchKey(
+            round=self.round,
+            num_rounds=self.schedule.num_rounds,
+            visit=len(self.visits),
+            client=SERVER,
+            step=0,
+            num_steps=1,
+            micro=0,
+            num_micro=1,
+            samples=none,
+            step_samples=none,
+        )
 
 
 @dataclass(frozen=True)
@@ -129,6 +167,7 @@ class Schedule:
         num_micro: Parts that each optimizer step is split into (gradient accumulation).
         failure_probability: Chance that a sampled client fails and returns nothing, 0 to 1.
         seed: Seed of every draw.
+        server_visits: Rounds in which the server trains too.
 
     Raises:
         ValueError: If a number is out of range, or not exactly one of `local_steps` and
@@ -144,6 +183,7 @@ class Schedule:
     num_micro: int = 1
     failure_probability: float = 0.0
     seed: int = 0
+    server_visits: ServerVisitRounds = "none"
 
     def __post_init__(self) -> None:
         """Check what the user chose."""
@@ -181,7 +221,9 @@ class Schedule:
         drawn = rng.choice(len(self._holding), self.clients_per_round, replace=False)
         clients = sorted(self._holding[drawn].tolist())
         visits = [self._visit(round_, number, client) for number, client in enumerate(clients)]
-        return RoundPlan(self, round_, visits)
+        last = round_ == self.num_rounds - 1
+        visits_server = self.server_visits == "every" or (self.server_visits == "last" and last)
+        return RoundPlan(self, round_, visits, visits_server)
 
     @cached_property
     def _holding(self) -> NDArray[np.int64]:
@@ -258,3 +300,23 @@ class Schedule:
         """The client's samples in the order of one local epoch."""
         rng = random_stream(Stream.SAMPLES, self.seed, visit.round, visit.client, epoch)
         return rng.permutation(self.partition.samples_of(visit.client))
+
+
+def num_sampled(clients_per_round: float, num_clients: int) -> int:
+    """Clients per round as a number.
+
+    Args:
+        clients_per_round: A whole number, or a share up to 1.0.
+        num_clients: Clients that there are.
+
+    Raises:
+        ValueError: If a share is out of range.
+    """
+    if isinstance(clients_per_round, int):
+        return clients_per_round
+    if not 0 < clients_per_round <= 1:
+        raise ValueError(
+            f"clients_per_round is {clients_per_round}; give a whole number of clients, or a share "
+            "of them above 0 and up to 1.0"
+        )
+    return max(1, round(clients_per_round * num_clients))

@@ -222,7 +222,9 @@ class LoraLM(LightningModule):
     def on_train_batch_start(self, batch: TrainingBatch, batch_idx: int) -> None:
         """Set the learning rate and the seed of dropout, both from the batch's place in the run."""
         key = batch.key
-        rate = self.learning_rate_at(round_=key.round, num_rounds=key.num_rounds, step=key.step)
+        rate = 0.0  # the batch that stands for the server's own training changes nothing itself
+        if not key.is_server_visit:
+            rate = self.learning_rate_at(round_=key.round, num_rounds=key.num_rounds, step=key.step)
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = rate
         seed = derive_seed(

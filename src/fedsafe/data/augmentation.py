@@ -1,0 +1,198 @@
+"""The server's constitutional data: revised answers to red-team prompts, and helpful answers."""
+
+import json
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from fedsafe.data.pairs import load_pairs
+from fedsafe.data.preferences import PreferenceStore
+from fedsafe.data.prompts import load_prompts
+from fedsafe.data.sources import report_rejected
+from fedsafe.federated.schedule import Stream, random_stream
+from fedsafe.safety.revision import Reviser, RevisionCounts, Speaker, pair_record
+from fedsafe.types import PreferencePair, RedTeamPrompt
+
+Paths = str | list[str]
+
+
+class CaiAugmentation:
+    """What the server trains on after the clients: pairs of revised and red responses.
+
+    Args:
+        prompts: Files or hub names of red-team prompts, which the model answers, criticises and
+            revises.
+        pairs: Files or hub names of ready pairs (`fedsafe revise`), in place of revising; `prompts`
+            are then only asked by the adaptive regime.
+        reviser: How the model revises itself.
+        renew: Whether pairs are made in each round, by the global model of that round; False makes
+            them once, by the model that training starts from.
+        helpful: Files or hub names of helpful answers to mix in: pairs, or plain conversations,
+            which only supervised fine-tuning takes.
+        helpful_share: Share of helpful answers in a batch, 0 to below 1.
+        batch_size: Samples, or pairs, of one optimizer step.
+        max_length: Tokens kept of prompt and answer, from their start.
+        split: Split of the data sets that are read from the hub.
+        on_bad_row: Stop at a bad row, or skip it and list it in `rejected.jsonl` of the run
+            directory.
+    """
+
+    def __init__(  # noqa: PLR0913
+        self,
+        prompts: Paths | None = None,
+        pairs: Paths | None = None,
+        reviser: Reviser | None = None,
+        renew: bool = True,
+        helpful: Paths | None = None,
+        helpful_share: float = 0.5,
+        batch_size: int = 16,
+        max_length: int = 512,
+        split: str = "train",
+        on_bad_row: Literal["error", "skip"] = "error",
+    ) -> None:
+        if prompts is None and pairs is None:
+            raise ValueError("constitutional training has no data; give data.cai.prompts or .pairs")
+        if not 0 <= helpful_share < 1:
+            raise ValueError(f"helpful_share is {helpful_share}; give 0 to below 1")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; give 1 or more")
+        self.reviser = reviser if reviser is not None else Reviser()
+        self.renew = renew
+        self.batch_size = batch_size
+        self._paths = {"prompts": prompts, "pairs": pairs, "helpful": helpful}
+        self._helpful_share = helpful_share
+        self._max_length = max_length
+        self._reading: dict[str, Any] = {"split": split, "on_bad_row": on_bad_row}
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    def load(self, tokenizer: PreTrainedTokenizerBase, *, rejected: Path | None) -> None:
+        """Read the files; pairs and helpful answers become tokens here, once."""
+        self._tokenizer = tokenizer
+        reading = {**self._reading, "rejected": rejected}
+        paths = self._paths
+        self.prompts = load_prompts(paths["prompts"], **reading) if paths["prompts"] else []
+        helpful = (
+            load_pairs(paths["helpful"], need_rejected=False, **reading) if paths["helpful"] else []
+        )
+        self.ready: PreferenceStore | None = None
+        """Pairs that are there before a round; None where each round makes its own."""
+        ready = load_pairs(paths["pairs"], need_rejected=True, **reading) if paths["pairs"] else []
+        if ready:
+            self.ready = self.store_of(ready)
+        self.helpful = self.store_of(helpful)
+        for store, pairs in ((self.ready, ready), (self.helpful, helpful)):
+            if store is not None and store.left_out:
+                report_rejected(store.left_out, total=len(pairs), rejected=rejected)
+        self._digest = _digest(self.prompts, ready, helpful)
+
+    @property
+    def stores(self) -> list[PreferenceStore]:
+        """What is there before a round: helpful answers, and pairs if they are not made."""
+        return [self.helpful] if self.ready is None else [self.helpful, self.ready]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        assert self._tokenizer is not None, "load has not run yet"
+        return self._tokenizer
+
+    @property
+    def makes_pairs(self) -> bool:
+        """Whether the model has to answer, criticise and revise."""
+        return self._paths["pairs"] is None
+
+    def helpful_per_step(self, num_helpful: int) -> int:
+        """Helpful answers of a batch, of which there are `num_helpful` in all."""
+        share = self._helpful_share if num_helpful else 0.0
+        return min(self.batch_size - 1, round(self.batch_size * share))
+
+    def split_prompts(
+        self, num_held_out: int, *, seed: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Prompts to train on, and prompts that are only asked; as places in `prompts`.
+
+        Raises:
+            ValueError: If nothing would be left to train on.
+        """
+        total = len(self.prompts)
+        least = num_held_out + self.makes_pairs
+        if total < least:
+            raise ValueError(
+                f"data.cai.prompts has {total} red-team prompts, and {num_held_out} are held out "
+                "to be asked (federated.cai.num_probe); give more prompts or hold out fewer"
+            )
+        order = random_stream(Stream.RED_TEAM, seed).permutation(total)
+        return np.sort(order[num_held_out:]), order[:num_held_out]
+
+    def revise(
+        self,
+        speaker: Speaker,
+        places: Sequence[int],
+        *,
+        seed: int,
+        file: Path,
+        on_progress: Callable[[int, int], None],
+    ) -> tuple[RevisionCounts, PreferenceStore]:
+        """Let the model revise its answers to some prompts, and write down the pairs that are kept.
+
+        Args:
+            speaker: The model.
+            places: Which of `prompts`.
+            seed: Decides principles and samples.
+            file: Where the pairs go, whole or not at all.
+            on_progress: Told how many prompts are done, of how many.
+        """
+        prompts = [self.prompts[place] for place in places]
+        transcripts = {}
+        for place, transcript in self.reviser.revise(speaker, prompts, seed=seed):
+            transcripts[place] = transcript
+            on_progress(len(transcripts), len(prompts))
+        ordered = [transcripts[place] for place in sorted(transcripts)]
+        kept = [each for each in ordered if each.dropped is None]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scratch = file.with_name(file.name + ".tmp")
+        lines = (json.dumps(pair_record(each), ensure_ascii=False) + "\n" for each in kept)
+        scratch.write_text("".join(lines), encoding="utf-8")
+        scratch.replace(file)
+        return RevisionCounts.of(ordered), self.store_of([each.pair for each in kept])
+
+    def read_back(self, file: Path) -> PreferenceStore:
+        """The pairs that `revise` wrote.
+
+        Raises:
+            ValueError: If the file is gone.
+        """
+        if not file.exists():
+            raise ValueError(
+                f"{file} is missing, and the checkpoint goes on with its pairs; resume from an "
+                "earlier checkpoint, or start anew"
+            )
+        if not file.stat().st_size:
+            return self.store_of([])
+        return self.store_of(load_pairs(str(file), need_rejected=True))
+
+    def store_of(self, pairs: Sequence[PreferencePair]) -> PreferenceStore:
+        """Pairs as tokens."""
+        return PreferenceStore(pairs, self.tokenizer, max_length=self._max_length)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that a resumed run must share with the run it resumes."""
+        return {
+            "data.cai.samples": self._digest,
+            "data.cai.reviser": self.reviser.identity() if self.makes_pairs else None,
+            "data.cai.renew": self.renew,
+            "data.cai.helpful_share": self._helpful_share,
+            "data.cai.batch_size": self.batch_size,
+            "data.cai.max_length": self._max_length,
+        }
+
+
+def _digest(*parts: Sequence[RedTeamPrompt | PreferencePair]) -> str:
+    """Short digest of what was read, whatever files it came from."""
+    texts = json.dumps([[each[:3] for each in part] for part in parts])
+    return blake2b(texts.encode(), digest_size=6).hexdigest()

@@ -1,0 +1,341 @@
+"""The server visit: the global model revises its own red responses and is trained on the result.
+
+    if adaptive and the model refuses enough:  nothing to do
+    pairs = red responses and their revisions        (kept from an earlier time, or made now)
+    SFT on the revised ones; DPO, revised against red; each mixed with helpful answers
+
+Everything that is random derives from (seed, round, step), and the visit can be put away and taken
+up again between any two steps.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from warnings import warn
+
+import numpy as np
+import torch
+from lightning import Trainer
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedsafe.data.augmentation import CaiAugmentation
+from fedsafe.data.preferences import PreferenceStore
+from fedsafe.federated.constitutional_training import ConstitutionalTraining, Mixture
+from fedsafe.federated.schedule import Stream, derive_seed
+from fedsafe.federated.server_listener import ServerVisitListener
+from fedsafe.model.module import LoraLM
+from fedsafe.safety.model_speaker import ModelSpeaker
+
+_STATE = (
+    "record",
+    "tokens",
+    "seconds",
+    "prepared",
+    "enough",
+    "phase",
+    "step",
+    "num_steps",
+    "losses",
+    "num_preferred",
+    "num_compared",
+    "reference",
+)
+
+
+class NonFiniteLossError(ValueError):
+    """A step of the server visit whose loss is not a number; the adapter was not changed by it."""
+
+
+class _Phase(NamedTuple):
+    mixture: Mixture
+    num_steps: int
+
+
+class ServerVisit:
+    """One visit under way.
+
+    Args:
+        rules: The settings.
+        data: Prompts, pairs and helpful answers.
+        trainer: Its strategy and first optimizer take the steps.
+        module: The model; its adapter is trained from where it is.
+        round_: Round, from 0.
+        seed: Seed of every draw.
+    """
+
+    def __init__(
+        self,
+        rules: ConstitutionalTraining,
+        data: CaiAugmentation,
+        *,
+        trainer: Trainer,
+        module: LoraLM,
+        round_: int,
+        seed: int,
+    ) -> None:
+        self._rules = rules
+        self._data = data
+        self._trainer = trainer
+        self._module = module
+        self._round = round_
+        self._seed = seed
+        self._speaker = ModelSpeaker(module.peft_model, data.tokenizer)
+        self._record: dict[str, Any] = {"regime": rules.regime}
+        self._tokens = {"generated": 0, "read": 0, "trained": 0}
+        self._seconds = {"revising": 0.0, "training": 0.0}
+        self._prepared = False
+        self._enough = False
+        self._store: PreferenceStore | None = None
+        self._phase = self._step = 0
+        self._num_steps = {"sft": 0, "dpo": 0}
+        self._losses: dict[str, list[float]] = {"sft": [], "dpo": []}
+        self._num_preferred = self._num_compared = 0
+        self._reference: Tensor | None = None
+
+    # ---- the visit -------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Train the module's adapter.
+
+        Returns:
+            What was done and what it cost, for the round's record.
+
+        Raises:
+            NonFiniteLossError: If a loss is not finite.
+        """
+        if not self._prepared:
+            with self._timed("revising"):
+                self._enough = self._refuses_enough("refusal_rate_before")
+                self._store = self._pairs() if not self._enough else None
+            self._prepared = True
+        elif not self._enough:
+            ready = self._data.ready
+            self._store = ready if ready is not None else self._data.read_back(self._file)
+        if self._store is not None and len(self._store):
+            self._record |= {
+                "pairs": len(self._store),
+                "comparable": int(self._store.comparable.sum()),
+            }
+            self._train(self._store + self._data.helpful)
+        return self._finished_record()
+
+    def _train(self, store: PreferenceStore) -> None:
+        phases = self._phases(store)
+        while self._phase < len(phases) and not self._enough:
+            mixture, num_steps = phases[self._phase]
+            if self._step == 0:
+                self._begin_phase(store, mixture, num_steps)
+            while self._step < num_steps and not self._enough:
+                with self._timed("training"):
+                    self._take_step(store, mixture)
+                self._after_step(mixture, num_steps, is_last=phases[-1] == phases[self._phase])
+            self._phase, self._step = self._phase + 1, 0
+
+    def _after_step(self, mixture: Mixture, num_steps: int, *, is_last: bool) -> None:
+        done = sum(self._num_steps.values())
+        doing = f"{mixture.objective} {self._step}/{num_steps}"
+        if self._rules.num_held_out and done % self._rules.probe_every == 0:
+            with self._timed("revising"):
+                self._enough = self._refuses_enough("refusal_rate_after")
+        for listener in self._listeners():
+            listener.on_server_progress(self._trainer, doing)
+            if not self._enough and not (is_last and self._step == num_steps):
+                listener.on_server_step(self._trainer, done)
+
+    # ---- red responses and revisions -------------------------------------------------------------
+
+    def _refuses_enough(self, name: str) -> bool:
+        """Ask the held-out prompts, in the adaptive regime."""
+        held_out = self._split()[1]
+        if not len(held_out):
+            return False
+        self._tell(f"asking {len(held_out)} held-out prompts")
+        prompts = [self._data.prompts[place] for place in held_out.tolist()]
+        seed = derive_seed(Stream.RED_TEAM, self._seed, self._round, sum(self._num_steps.values()))
+        rate, generated, read = self._data.reviser.refusal_rate(self._speaker, prompts, seed=seed)
+        self._tokens["generated"] += generated
+        self._tokens["read"] += read
+        self._record[name] = rate
+        return bool(rate >= self._rules.refusal_floor)
+
+    def _pairs(self) -> PreferenceStore:
+        """The pairs to train on: those that are there, or new ones of the model as it is."""
+        if self._data.ready is not None:
+            return self._data.ready
+        places = self._split()[0]
+        wanted = self._rules.num_prompts(
+            self._data.batch_size - self._data.helpful_per_step(len(self._data.helpful))
+        )
+        order = np.random.default_rng(derive_seed(Stream.RED_TEAM, self._seed, self._round))
+        places = np.sort(order.permutation(places)[:wanted])
+        counts, store = self._data.revise(
+            self._speaker,
+            places.tolist(),
+            seed=derive_seed(Stream.RED_TEAM, self._seed, self._round, 0),
+            file=self._file,
+            on_progress=lambda done, total: self._tell(f"revising {done}/{total}"),
+        )
+        record = counts.as_dict()
+        self._tokens["generated"] += record.pop("tokens_generated")
+        self._tokens["read"] += record.pop("tokens_read")
+        self._record |= record
+        if not len(store):
+            reasons = ", ".join(f"{count} {why}" for why, count in counts.dropped.items())
+            warn(
+                f"round {self._round + 1}: no pair came of {counts.asked} red-team prompts "
+                f"({reasons}); the server trains on nothing",
+                stacklevel=2,
+            )
+        return store
+
+    def _split(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        return self._data.split_prompts(self._rules.num_held_out, seed=self._seed)
+
+    @property
+    def _file(self) -> Path:
+        return pairs_file(Path(self._trainer.default_root_dir), self._round)
+
+    # ---- training --------------------------------------------------------------------------------
+
+    def _phases(self, store: PreferenceStore) -> list[_Phase]:
+        """SFT on all answers, DPO on those with a worse one beside them."""
+        is_helpful = np.arange(len(store)) >= len(store) - len(self._data.helpful)
+        mixtures = []
+        for objective, usable in (("sft", np.ones(len(store), bool)), ("dpo", store.comparable)):
+            helpful = np.flatnonzero(usable & is_helpful)
+            share = self._data.helpful_per_step(len(helpful))
+            revised = np.flatnonzero(usable & ~is_helpful)
+            mixtures.append(
+                Mixture(objective, revised, helpful, self._data.batch_size - share, share)  # type: ignore[arg-type]
+            )
+        return [_Phase(mixture, self._rules.num_steps(mixture)) for mixture in mixtures]
+
+    def _begin_phase(self, store: PreferenceStore, mixture: Mixture, num_steps: int) -> None:
+        """A fresh optimizer; for preferences, the reference: the adapter as it is now."""
+        self._trainer.optimizers[0].state.clear()
+        if mixture.objective == "sft" or num_steps == 0:
+            return
+        self._tell("reference")
+        with self._timed("training"):
+            steps = (self._samples(mixture, step) for step in range(num_steps))
+            used = np.unique(np.concatenate(list(steps))).tolist()
+            self._reference = torch.zeros(len(store), 2)
+            for places, packed in store.both_answers(used):
+                logprobs = self._module.answer_logprobs(packed.to(self._module.device))
+                self._reference[places] = logprobs.view(-1, 2).cpu()
+            self._tokens["read"] += store.num_tokens(used, both=True)
+
+    def _samples(self, mixture: Mixture, step: int) -> NDArray[np.int64]:
+        return mixture.samples_of(step, seed=self._seed, round_=self._round)
+
+    def _take_step(self, store: PreferenceStore, mixture: Mixture) -> None:
+        rules, objective = self._rules, mixture.objective
+        samples = self._samples(mixture, self._step).tolist()
+        num_parts = self._trainer.accumulate_grad_batches
+        batches: list[Any]
+        if objective == "sft":
+            batches = store.supervised(samples, num_parts=num_parts)
+        else:
+            assert self._reference is not None
+            batches = store.preference(
+                samples,
+                reference=self._reference,
+                beta=rules.beta,
+                nll_weight=rules.nll_weight,
+                num_parts=num_parts,
+            )
+        self._seed_dropout(objective)
+        rate = rules.learning_rate(objective, self._step)
+        self._losses[objective].append(self._optimize(batches, rate, objective))
+        self._tokens["trained"] += store.num_tokens(samples, both=objective == "dpo")
+        self._step += 1
+        self._num_steps[objective] += 1
+        self._num_compared += len(samples) if objective == "dpo" else 0
+
+    def _optimize(self, batches: list[Any], rate: float, objective: str) -> float:
+        """One optimizer step on batches that add up to it; returns its loss."""
+        strategy, optimizer = self._trainer.strategy, self._trainer.optimizers[0]
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        total = 0.0
+
+        def closure() -> Tensor:
+            nonlocal total
+            optimizer.zero_grad()
+            loss = torch.zeros(())
+            for batch in batches:
+                output: Any = strategy.training_step(strategy.batch_to_device(batch), 0)
+                loss = output["loss"]
+                total += self._finite(loss, objective)
+                self._num_preferred += int(output.get("num_preferred", 0))
+                strategy.backward(loss, optimizer)
+            return loss
+
+        self._module.optimizers().step(closure)  # type: ignore[union-attr]
+        return total
+
+    def _finite(self, loss: Tensor, objective: str) -> float:
+        value = loss.item()
+        if not math.isfinite(value):
+            raise NonFiniteLossError(
+                f"the loss of step {self._step + 1} of the server's {objective} in round "
+                f"{self._round + 1} is {value}"
+            )
+        return value
+
+    def _seed_dropout(self, objective: str) -> None:
+        place = ("sft", "dpo").index(objective)
+        seed = derive_seed(Stream.SERVER_DROPOUT, self._seed, self._round, place, self._step)
+        torch.default_generator.manual_seed(seed)
+        if self._module.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+    # ---- the record ------------------------------------------------------------------------------
+
+    def _finished_record(self) -> dict[str, Any]:
+        record = self._record | {f"{name}_steps": n for name, n in self._num_steps.items()}
+        for name, losses in self._losses.items():
+            record[f"{name}_loss"] = sum(losses) / len(losses) if losses else None
+        if self._num_compared:
+            record["preferred"] = self._num_preferred / self._num_compared
+        record |= {f"tokens_{name}": count for name, count in self._tokens.items()}
+        record |= {f"seconds_{name}": round(spent, 3) for name, spent in self._seconds.items()}
+        return record | {"seconds": round(sum(self._seconds.values()), 3)}
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._seconds[what] += time.perf_counter() - started
+
+    def _tell(self, doing: str) -> None:
+        for listener in self._listeners():
+            listener.on_server_progress(self._trainer, doing)
+
+    def _listeners(self) -> list[ServerVisitListener]:
+        callbacks = self._trainer.callbacks  # type: ignore[attr-defined]
+        return [each for each in callbacks if isinstance(each, ServerVisitListener)]
+
+    # ---- checkpoints -----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint inside the visit must hold beside the adapter and the optimizer.
+
+        The pairs are in their file.
+        """
+        return {name: getattr(self, f"_{name}") for name in _STATE}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        for name in _STATE:
+            setattr(self, f"_{name}", state[name])
+
+
+def pairs_file(run_dir: Path, round_: int | None) -> Path:
+    """Where a run keeps the pairs that a round made; None for those made before training."""
+    name = "before-training" if round_ is None else f"round-{round_ + 1:04d}"
+    return run_dir / "pairs" / f"{name}.jsonl"
