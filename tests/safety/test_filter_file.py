@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fedsafe.data.output_files import json_line
 from fedsafe.data.sources import CheckedRow, Rejected
 from fedsafe.safety.filter import SafetyFilter
 from fedsafe.safety.filter_file import (
@@ -20,7 +21,6 @@ from fedsafe.safety.filter_file import (
     Outputs,
     count_rows,
     filtered,
-    json_line,
     usable_rows,
 )
 from fedsafe.safety.guard import Guard, UnjudgeableError
@@ -140,7 +140,7 @@ def test_a_file_of_bad_rows_alone_is_an_error() -> None:
 
 def write_out(rows: list[CheckedRow]) -> None:
     outputs = Outputs(Path("out/kept.jsonl"))
-    with outputs.open():
+    with outputs.files.open():
         for row in filter_all(rows):
             outputs.write(row)
 
@@ -157,7 +157,7 @@ def test_an_error_leaves_files_as_they_were() -> None:
     write_out([checked(1, "blue")])
     before = {path: path.read_text() for path in Path("out").iterdir()}
     outputs = Outputs(Path("out/kept.jsonl"))
-    with pytest.raises(OSError, match="no place for this"), outputs.open():
+    with pytest.raises(OSError, match="no place for this"), outputs.files.open():
         _fail_after_writing(outputs)
     assert {path: path.read_text() for path in Path("out").iterdir()} == before
 
@@ -165,11 +165,11 @@ def test_an_error_leaves_files_as_they_were() -> None:
 def test_two_processes_do_not_write_over_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = Outputs(Path("out/kept.jsonl")), Outputs(Path("out/kept.jsonl"))
     (row,) = filter_all([checked(1, "blue")])
-    with ours.open():
+    with ours.files.open():
         ours.write(row)
         with monkeypatch.context() as other:
             other.setattr("os.getpid", os.getppid)
-            with theirs.open():
+            with theirs.files.open():
                 theirs.write(BAD.rejected or row)
         assert Path("out/kept.jsonl").read_text() == ""
     assert json.loads(Path("out/kept.jsonl").read_text()) == checked(1, "blue").record

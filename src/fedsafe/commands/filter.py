@@ -87,12 +87,12 @@ def filter(  # noqa: PLR0913
     """
     safety = SafetyFilter(guard, policy, judge, threshold, refusals, max_unsafe_share)
     outputs = Outputs(Path(output), Path(rejected) if rejected is not None else None)
-    outputs.check(Path(input), overwrite=overwrite)
+    outputs.files.check(Path(input), overwrite=overwrite)
     total = count_rows(input, on_bad_row=on_bad_row)
     summary = _write_all(input, safety, outputs, total=total, on_bad_row=on_bad_row)
     console = Console()
     console.print(filtered_table(summary))
-    console.print(f"wrote {', '.join(map(str, outputs.written()))}", soft_wrap=True)
+    console.print(f"wrote {', '.join(map(str, outputs.files.written()))}", soft_wrap=True)
 
 
 class Tally:
@@ -155,7 +155,7 @@ def _write_all(
     started = time.perf_counter()
     tally = Tally(safety.threshold)
     rows = filtered(usable_rows(source), safety, on_bad_row=on_bad_row)
-    with outputs.open():
+    with outputs.files.open():
         for window in _progress(rows, safety, total):
             for row in window:
                 outputs.write(row)

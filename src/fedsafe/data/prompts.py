@@ -5,7 +5,7 @@ a `response` to revise; `messages`, of which everything before the first answer 
 of hh-rlhf, of which likewise.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,8 @@ from fedsafe.data.fields import (
     unread_in_turns,
 )
 from fedsafe.data.hh_rlhf import refuse_empty, turns_of_transcript
-from fedsafe.data.rows import read_rows
+from fedsafe.data.rows import each_row, read_rows
+from fedsafe.data.sources import Rejected
 from fedsafe.types import Conversation, RedTeamPrompt, Turn
 
 _FORMATS = ("prompt", "messages", "chosen")
@@ -49,6 +50,15 @@ def load_prompts(
         ValueError: If a file is missing, empty or of an unknown type, or rows cannot be used.
     """
     return read_rows(paths, _prompt, split=split, on_bad_row=on_bad_row, rejected=rejected)
+
+
+def each_prompt(path: str, *, split: str = "train") -> Iterator[RedTeamPrompt | Rejected]:
+    """The prompt of each row of a file or hub name, in order, or why it cannot be used.
+
+    Raises:
+        ValueError: If the file is missing, empty or of an unknown type.
+    """
+    return (prompt for prompt, _ in each_row(path, _prompt, split=split))
 
 
 def conversation_of(fields: dict[str, Any], name: str) -> Conversation:

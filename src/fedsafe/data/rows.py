@@ -1,6 +1,6 @@
 """Read all rows of some sources into a list, for data that are few: prompts and pairs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -44,18 +44,31 @@ def read_rows(
     bad: list[Rejected] = []
     unread: set[str] = set()
     for name in names:
-        for row in iterate_rows(name, split=split):
-            try:
-                item, columns = _parsed(row, parse, source=name)
-            except BadRowError as error:
-                bad.append(Rejected(name, row.number, f"{row.place}{error}"))
+        for item, columns in each_row(name, parse, split=split):
+            unread |= columns
+            if isinstance(item, Rejected):
+                bad.append(item)
             else:
                 items.append(item)
-                unread |= columns
     warn_of_ignored(unread)
     total = len(items) + len(bad)
     account_for(bad, names=names, total=total, on_bad_row=on_bad_row, rejected=rejected)
     return items
+
+
+def each_row(
+    name: str, parse: Parse[Item], *, split: str
+) -> Iterator[tuple[Item | Rejected, set[str]]]:
+    """What each row of a source gives, in order: its item, or why it has none.
+
+    Raises:
+        ValueError: If the source cannot be read.
+    """
+    for row in iterate_rows(name, split=split):
+        try:
+            yield _parsed(row, parse, source=name)
+        except BadRowError as error:
+            yield Rejected(name, row.number, f"{row.place}{error}"), set()
 
 
 def _parsed(row: Row, parse: Parse[Item], *, source: str) -> tuple[Item, set[str]]:

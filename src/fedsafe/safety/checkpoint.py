@@ -101,7 +101,7 @@ def checkpoint_digest(name: str | None, adapter: Path | None) -> str:
     folder = Path(name)
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1  # a hub name has one slash
     if is_path and not folder.is_dir():
-        raise ValueError(f"there is no folder {name}, which is to hold the guard; give another")
+        raise ValueError(f"there is no folder {name}, which is to hold the model; give another")
     parts.append(_files_digest(folder) if folder.is_dir() else f"{name} {_commit(name)}")
     return " ".join(parts)
 
@@ -124,6 +124,6 @@ def _commit(name: str) -> str:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"cannot find the guard {name!r}: {error}; give a hub name or a local folder"
+            f"cannot find the model {name!r}: {error}; give a hub name or a local folder"
         ) from error
     return str(config._commit_hash)

@@ -3,19 +3,13 @@
 Holds one window of rows at a time, so that memory does not grow with the file.
 """
 
-import json
-import os
-import platform
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from glob import escape
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TextIO
+from typing import Any, Literal, NamedTuple
 
-import psutil
-
+from fedsafe.data.output_files import OutputFiles, check_jsonl, json_line
 from fedsafe.data.sources import (
     CheckedRow,
     Rejected,
@@ -162,31 +156,8 @@ def _apply(row: CheckedRow, safety: SafetyFilter, verdict: Verdict) -> FilteredR
     return FilteredRow(row.record, row.sample, verdict, unsafe, kept)
 
 
-def json_line(record: dict[str, Any]) -> str:
-    r"""A record as a line of JSON; dates and numbers of Parquet's own kinds become text.
-
-    Raises:
-        TypeError: If it holds bytes.
-    """
-    line = json.dumps(record, ensure_ascii=False, default=_as_text)
-    try:
-        line.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can hold
-        line = json.dumps(record, default=_as_text)
-    return line + "\n"
-
-
-def _as_text(value: object) -> str:
-    if isinstance(value, bytes):
-        raise TypeError("holds bytes, which a JSONL file cannot hold; drop that column")
-    return str(value)
-
-
 class Outputs:
-    """The files of one filtering, beside each other.
-
-    They are written under other names, which no other process uses, and moved to their places
-    together, when all is done: a file that is there is whole.
+    """The files of one filtering, beside each other; see `OutputFiles`.
 
     Args:
         kept: JSONL file for the rows that are kept; its name gives those of the others.
@@ -194,91 +165,34 @@ class Outputs:
     """
 
     def __init__(self, kept: Path, rejected: Path | None = None) -> None:
-        if kept.suffix != ".jsonl" or (rejected is not None and rejected.suffix != ".jsonl"):
-            wrong = kept if kept.suffix != ".jsonl" else rejected
-            raise ValueError(f"{wrong} would hold JSON lines; give a name that ends with .jsonl")
+        check_jsonl(kept)
         self.kept = kept
         self.rejected = rejected or kept.with_suffix(".rejected.jsonl")
+        check_jsonl(self.rejected)
         self.judged = kept.with_suffix(".filter.jsonl")
         self.bad = kept.with_suffix(".bad.jsonl")
         self.summary = kept.with_suffix(".summary.json")
-        self._files: dict[Path, TextIO] = {}
-        if len(set(self.paths)) < len(self.paths):
+        paths = (self.rejected, self.judged, self.bad, self.summary, self.kept)
+        if len(set(paths)) < len(paths):
             raise ValueError(f"{self.rejected} is another output too; give --rejected another name")
-
-    @property
-    def paths(self) -> tuple[Path, ...]:
-        """All of them, the kept rows last."""
-        return (self.rejected, self.judged, self.bad, self.summary, self.kept)
-
-    def check(self, source: Path, *, overwrite: bool) -> None:
-        """Refuse to write over the rows that are read, or over files that are there.
-
-        Raises:
-            ValueError: If one of the files is either.
-        """
-        if source.resolve() in {path.resolve() for path in self.paths}:
-            raise ValueError(f"{source} is read and would be written too; give another --output")
-        found = [str(path) for path in self.paths if path.exists()]
-        if found and not overwrite:
-            raise ValueError(
-                f"{', '.join(found)} would be overwritten; give another --output, or "
-                "--overwrite true"
-            )
-
-    @contextmanager
-    def open(self) -> Iterator[None]:
-        """Open the files; move them to their places if no error ends the block."""
-        scratch = {path: _scratch(path, os.getpid()) for path in self.paths}
-        for path in self.paths:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(path)
-        try:
-            with ExitStack() as stack:
-                for path, place in scratch.items():
-                    file = place.open("w", encoding="utf-8", newline="\n")
-                    self._files[path] = stack.enter_context(file)
-                yield
-            for path, place in scratch.items():
-                place.replace(path)
-            if self.bad.stat().st_size == 0:
-                self.bad.unlink()
-        finally:
-            for place in scratch.values():
-                place.unlink(missing_ok=True)
-
-    def written(self) -> list[Path]:
-        """Those that are there."""
-        return [path for path in self.paths if path.exists()]
+        self.files = OutputFiles(paths, unless_empty=(self.bad,))
 
     def write(self, row: FilteredRow | Rejected) -> None:
         """Write a row to the files that it belongs to."""
         if isinstance(row, Rejected):
-            self._files[self.bad].write(json_line(row._asdict()))
+            self.files.write(self.bad, row._asdict())
             return
         verdict = verdict_columns(row.verdict)
         place = {name: row.sample[name] for name in ("client", "source", "row")}
-        self._files[self.judged].write(json_line({**place, **verdict, "action": row.action}))
+        self.files.write(self.judged, {**place, **verdict, "action": row.action})
         if row.kept is None:
-            self._files[self.rejected].write(json_line(_with_verdict(row.record, verdict)))
+            self.files.write(self.rejected, _with_verdict(row.record, verdict))
         else:
-            self._files[self.kept].write(json_line(row.kept))
+            self.files.write(self.kept, row.kept)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write what came out."""
-        self._files[self.summary].write(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-
-
-def _scratch(path: Path, process: int | str) -> Path:
-    return path.with_name(f".{path.name}.{platform.node()}-{process}.part")
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Remove what killed processes of this machine left of a file."""
-    for place in path.parent.glob(_scratch(Path(escape(path.name)), "*").name):
-        process = place.name.removesuffix(".part").rpartition("-")[2]
-        if process.isdigit() and not psutil.pid_exists(int(process)):
-            place.unlink(missing_ok=True)
+        self.files.write_summary(self.summary, summary)
 
 
 def _with_verdict(record: dict[str, Any], verdict: dict[str, Any]) -> dict[str, Any]:
