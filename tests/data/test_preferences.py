@@ -201,12 +201,25 @@ def test_a_prompt_that_the_template_refuses_is_left_out_with_its_reason(
     assert store.comparable.tolist() == [True, False, True, False]
 
 
+def test_an_answer_without_a_token_that_could_be_predicted_is_no_answer(
+    make_store: StoreMaker, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    store = make_store([pair("no", ""), pair("", "yes"), pair("a", "no", ask="")])
+    assert store.usable.tolist() == [0]
+    assert store.comparable.tolist() == [False]
+    assert len(store.left_out) == 2  # the last one's answer is the first token: nothing predicts it
+
+
 def test_answers_stay_with_their_pairs_across_the_batches_that_are_tokenised_together(
     make_store: StoreMaker, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pairs = [pair(f"good {i}", None if i % 3 == 0 else f"bad {i}", row=i) for i in range(20)]
+    pairs.insert(10, pair("no", "yes", ask="long " * 100, row=99))
     monkeypatch.setattr(preferences_module, "_RENDERED_TOGETHER", 7)
     store = make_store(pairs)
+    assert store.usable.tolist() == [i for i in range(21) if i != 10]
+    assert [each.row for each in store.left_out] == [99]
     assert store.comparable.tolist() == [i % 3 != 0 for i in range(20)]
     [good] = store.supervised(range(20))
     expected = [f" good {i}<|end|>" for i in range(20)]
