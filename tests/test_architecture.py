@@ -45,6 +45,7 @@ FLOORS = {
     "safety.filter_file": 4,
     "safety.model_speaker": 4,
     "safety.revision": 4,
+    "safety.revision_file": 4,
     "types": 6,
     "": 6,  # fedsafe/__init__.py, which holds the version
 }

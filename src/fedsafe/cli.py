@@ -15,6 +15,7 @@ COMMANDS = {
     "validate": ("training", "loss of a checkpoint on the held-out conversations"),
     "test": ("training", "loss of a checkpoint on test conversations"),
     "filter": ("filter", "judge the conversations of a file with a guard, keep the safe ones"),
+    "revise": ("revise", "let a model revise its answers to red-team prompts, for training"),
     "measure": ("measure", "how right guards are on labelled conversations"),
     "table": ("table", "run a grid of methods and seeds and print their table"),
     "world": ("world", "write the embedded miniature: data and a tiny base model"),
@@ -25,6 +26,7 @@ GO_ON = {
     "fit": "; the same command with --ckpt_path last goes on from the last finished round",
     "table": "; the same command goes on where it stopped",
     "filter": "; the same command goes on: verdicts are kept",
+    "revise": "; the same command goes on behind the last finished batch",
     "measure": "; the same command goes on: verdicts are kept",
 }
 """How to go on after Ctrl-C, where a command can."""

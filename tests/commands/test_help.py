@@ -19,7 +19,7 @@ from fedsafe.federated.server_optimizer import FedAdagrad, FedAdam, FedAvg, FedA
 from fedsafe.safety.filter import SafetyFilter
 from fedsafe.safety.verdict_targets import VerdictTargets
 
-FUNCTIONS = ("filter", "measure", "table", "world", "generate", "export")
+FUNCTIONS = ("filter", "revise", "measure", "table", "world", "generate", "export")
 
 
 def training_parser(name: str, monkeypatch: pytest.MonkeyPatch) -> LightningArgumentParser:

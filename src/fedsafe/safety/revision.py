@@ -202,17 +202,17 @@ class Reviser:
     def _converse(self, speaker: Speaker, drafts: Sequence[Draft], *, seed: int) -> None:
         """Response, critiques and revisions; the memory of the conversations ends with it."""
         talk = Talk(speaker.begin(1.0))
+        critic = talk if self._scale == 1.0 else Talk(speaker.begin(self._scale))
         self._respond(talk, drafts, seed=seed, max_new_tokens=self._max_new_tokens)
-        if self._scale != 1.0:
-            talk = Talk(speaker.begin(self._scale))
+        del talk  # a critic of another strength has read none of it
         for number in range(self._passes):
             for draft in going_on(drafts):
                 draft.principles.append(self._principle(seed, draft.place, number))
                 draft.say("user", draft.principles[-1].critique_request)
-            self._criticise(talk, "critique", drafts, seed=seed, number=1 + 2 * number)
+            self._criticise(critic, "critique", drafts, seed=seed, number=1 + 2 * number)
             for draft in going_on(drafts):
                 draft.say("user", draft.principles[-1].revision_request)
-            self._criticise(talk, "revision", drafts, seed=seed, number=2 + 2 * number)
+            self._criticise(critic, "revision", drafts, seed=seed, number=2 + 2 * number)
 
     def _respond(
         self, talk: Talk, drafts: Sequence[Draft], *, seed: int, max_new_tokens: int

@@ -54,13 +54,13 @@ class VllmScorer(Scorer):
         max_length: int,
         memory_share: float = 0.9,
     ) -> None:
-        self._vllm = _import_vllm()
+        self._vllm = import_vllm()
         self._max_length = max_length
         self._with_adapter: dict[str, Any] = {}
         settings: dict[str, Any] = {}
         if adapter is not None:
-            settings = {"enable_lora": True, "max_lora_rank": _room_for_rank(adapter, dtype)}
-            self._with_adapter = {"lora_request": _request(adapter)}
+            settings = {"enable_lora": True, "max_lora_rank": room_for_rank(adapter, dtype)}
+            self._with_adapter = {"lora_request": lora_request(adapter, name="guard")}
         self._engine = self._vllm.LLM(
             model=model,
             dtype=str(dtype).removeprefix("torch."),
@@ -114,7 +114,12 @@ class VllmScorer(Scorer):
         return [output.outputs[0] for output in outputs]
 
 
-def _import_vllm() -> Any:
+def import_vllm() -> Any:
+    """The library.
+
+    Raises:
+        ValueError: If it is not installed.
+    """
     try:
         import vllm
     except ModuleNotFoundError as error:
@@ -126,14 +131,19 @@ def _import_vllm() -> Any:
     return vllm
 
 
-def _request(adapter: Path) -> Any:
+def lora_request(adapter: Path, *, name: str) -> Any:
+    """What tells vLLM to compute with an adapter."""
     from vllm.lora.request import LoRARequest
 
-    return LoRARequest(lora_name="guard", lora_int_id=1, lora_path=str(adapter.resolve()))
+    return LoRARequest(lora_name=name, lora_int_id=1, lora_path=str(adapter.resolve()))
 
 
-def _room_for_rank(adapter: Path, dtype: torch.dtype) -> int:
-    """The rank that vLLM is to make room for."""
+def room_for_rank(adapter: Path, dtype: torch.dtype) -> int:
+    """The rank that vLLM is to make room for.
+
+    Raises:
+        ValueError: If it cannot run the adapter.
+    """
     if dtype is torch.float32:
         raise ValueError(
             f"vllm computes adapters in 16 bits, and dtype is float32; set dtype: bfloat16, or "
