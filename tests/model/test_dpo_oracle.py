@@ -69,8 +69,8 @@ def adapters(make_llama: Callable[[], LoraLM]) -> tuple[Tensor, Tensor]:
     """The adapter at the phase's start, and some steps later."""
     generator = torch.Generator().manual_seed(0)
     num_params = make_llama().flat_adapter().num_params
-    start = 0.2 * torch.randn(num_params, generator=generator)
-    return start, start + 0.1 * torch.randn(num_params, generator=generator)
+    start = 0.1 * torch.randn(num_params, generator=generator)
+    return start, start + 0.05 * torch.randn(num_params, generator=generator)
 
 
 @pytest.fixture
@@ -149,6 +149,20 @@ def padded_logprobs(
 
 CHOSEN = [pair.chosen for pair in PAIRS]
 REJECTED = [pair.rejected or "" for pair in PAIRS]
+
+
+def test_the_reference_is_that_of_a_padded_batch(
+    make_llama: Callable[[], LoraLM],
+    tokenizer: PreTrainedTokenizerBase,
+    store: PreferenceStore,
+    adapters: tuple[Tensor, Tensor],
+) -> None:
+    actual = reference_of(make_llama(), store, adapters[0])
+    module = make_llama()
+    module.flat_adapter().write(adapters[0])
+    for column, answers in enumerate((CHOSEN, REJECTED)):
+        expected = padded_logprobs(module, tokenizer, answers)[0].detach().sum(1)
+        torch.testing.assert_close(actual[:, column], expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("nll_weight", [0.0, 0.5])
