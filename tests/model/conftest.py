@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fedsafe.data.packing import Pack, pack
 from fedsafe.model.module import LoraLM
@@ -45,6 +46,16 @@ SHAPES: dict[str, dict[str, Any]] = {
     "cohere": _LLAMA_LIKE | {"logit_scale": 0.25},
     "phi": _LLAMA_LIKE,  # its output layer has a bias
     "bloom": {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "mamba": {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
+    "rwkv": {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2},
+    "gpt_neo": {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 4,
+    },
 }
 
 
@@ -83,3 +94,17 @@ def samples() -> Samples:
 @pytest.fixture
 def packed(samples: Samples) -> Pack:
     return pack(samples)
+
+
+@pytest.fixture
+def make_model() -> Callable[[str], PreTrainedModel]:
+    """Make a random base of a family, in evaluation mode, that ends nothing by itself."""
+
+    def make(family: str, **settings: Any) -> PreTrainedModel:
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(family, **(SHAPES[family] | settings))
+        model = AutoModelForCausalLM.from_config(config).eval()
+        model.generation_config.eos_token_id = None
+        return model
+
+    return make

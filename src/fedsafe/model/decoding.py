@@ -15,7 +15,7 @@ from fedsafe.model.grouping import of_like_length
 from fedsafe.model.rereading import continue_rereading
 from fedsafe.model.row_batch import continue_batch
 
-_PADDING_CPU, _PADDING_GPU = 4096, 65536
+_PADDING_CPU, _PADDING_GPU = 16384, 131072
 """Columns of padding whose keys cost about as much as another pass through the model."""
 
 
@@ -47,12 +47,11 @@ def continue_all(
     limits = [min(max_new_tokens, positions - len(prompt.ids)) for prompt in prompts]
     assert all(prompt.ids for prompt in prompts)
     assert min(limits, default=1) > 0
+    lengths = [len(prompt.ids) for prompt in prompts]
+    groups = of_like_length(lengths, max_rows=max_rows, max_padding=_max_padding(model))
     can_remember = has_plain_memory(model)
-    padding = _PADDING_CPU if model.device.type == "cpu" else _PADDING_GPU
     found: dict[int, Continuation] = {}
-    for places in of_like_length(
-        [len(prompt.ids) for prompt in prompts], max_rows=max_rows, max_padding=padding
-    ):
+    for places in groups:
         batch, cuts = [prompts[i] for i in places], [limits[i] for i in places]
         if can_remember:
             answers = continue_batch(
@@ -71,8 +70,15 @@ def has_plain_memory(model: Model) -> bool:
     it is given no positions.
     """
     base = base_of(model)
-    if base._is_stateful or not {"position_ids", "logits_to_keep"} <= set(
-        inspect.signature(base.forward).parameters
-    ):
+    takes = inspect.signature(base.forward).parameters
+    if base._is_stateful or "position_ids" not in takes or "logits_to_keep" not in takes:
+        return False
+    if "local" in getattr(base.config, "attention_layers", ()):  # GPT-Neo's sliding windows
         return False
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=base.config).layers)
+
+
+def _max_padding(model: Model) -> int:
+    if base_of(model)._is_stateful:  # some carry the padding along, whatever the mask
+        return 0
+    return _PADDING_CPU if model.device.type == "cpu" else _PADDING_GPU
