@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from round_rows import without_seconds
 from torch import Tensor
 
 from fedsafe.data.datamodule import FederatedDataModule
@@ -71,15 +72,6 @@ class Federation:
         """`rounds.jsonl` without the time it took, which no two runs share."""
         lines = (self.folder / "rounds.jsonl").read_text().splitlines()
         return [without_seconds(json.loads(line)) for line in lines]
-
-
-def without_seconds(row: dict[str, Any]) -> dict[str, Any]:
-    """A record without the times it took, also in its parts."""
-    return {
-        name: without_seconds(value) if isinstance(value, dict) else value
-        for name, value in row.items()
-        if not name.startswith("seconds")
-    }
 
 
 FederationMaker = Callable[..., Federation]

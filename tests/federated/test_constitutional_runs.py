@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import pytest
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from round_rows import without_seconds
 from torch.optim import AdamW
 
 from fedsafe.data.augmentation import CaiAugmentation
@@ -18,6 +22,7 @@ from fedsafe.data.pairs import load_pairs
 from fedsafe.data.preferences import PreferenceStore
 from fedsafe.federated.client_drift import Scaffold
 from fedsafe.federated.constitutional_training import ConstitutionalTraining, Mixture
+from fedsafe.federated.round_log import RoundLog
 from fedsafe.federated.server_listener import ServerVisitListener
 from fedsafe.safety.revision import Reviser
 
@@ -360,6 +365,31 @@ def test_a_visit_resumed_from_any_of_its_steps_is_the_visit_that_never_was_cut(
         assert loops[0]._batches_that_stepped == loops[1]._batches_that_stepped, name
         adapter = Path("adapter") / "adapter_model.safetensors"
         assert (resumed.folder / adapter).read_bytes() == (whole.folder / adapter).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_run_killed_inside_its_server_visits_is_the_run_that_never_was(
+    tiny_gpt2: Path, conversations: Path, files: dict[str, str], tmp_path: Path
+) -> None:
+    def train(folder: str, *options: str) -> int:
+        paths = [tiny_gpt2, conversations, tmp_path / folder]
+        arguments = [*map(str, paths), "--server", str(Path(files["prompts"]).parent), *options]
+        script = Path(__file__).with_name("killed_run.py")
+        return subprocess.run([sys.executable, script, *arguments], check=False).returncode
+
+    assert train("whole") == 0
+    assert train("killed", "--kill-server", "2") == -signal.SIGKILL
+    assert train("killed", "--resume", "--kill-server", "5") == -signal.SIGKILL
+    assert train("killed", "--resume") == 0
+    whole, killed = (tmp_path / name for name in ("whole", "killed"))
+    for file in ("adapter/adapter_model.safetensors", "pairs/round-0001.jsonl"):
+        assert (killed / file).read_bytes() == (whole / file).read_bytes()
+    rows = [
+        [without_seconds(row) for row in RoundLog(folder / "rounds.jsonl").read()]
+        for folder in (killed, whole)
+    ]
+    assert rows[0] == rows[1]
+    assert all(row["cai"]["dpo_steps"] > 0 for row in rows[0])
 
 
 def test_a_visit_that_lost_its_pairs_cannot_go_on(
