@@ -17,18 +17,21 @@ from fedsafe.cli import main
 from fedsafe.commands import training
 from fedsafe.commands.filter import filter
 from fedsafe.commands.measure import measure
+from fedsafe.commands.revise import revise
 from fedsafe.commands.table import table
 from fedsafe.world.grammar import load_grammar
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
-FUNCTIONS = {"table": table, "filter": filter, "measure": measure}
+FUNCTIONS = {"table": table, "filter": filter, "measure": measure, "revise": revise}
 ALGORITHMS = sorted((REPOSITORY / "configs" / "algorithm").glob("*.yaml"))
 
 
 def arguments_of(file: Path) -> list[str]:
     """The `fedsafe` command in a file's first lines, without the program."""
-    [command] = re.findall(r"fedsafe (?:fit|table|filter|measure) [^\n]*", file.read_text())[:1]
+    [command] = re.findall(r"fedsafe (?:fit|table|filter|measure|revise) [^\n]*", file.read_text())[
+        :1
+    ]
     return shlex.split(command)[1:]
 
 

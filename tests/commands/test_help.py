@@ -17,6 +17,7 @@ from fedsafe.federated.client_drift import FedProx, Scaffold
 from fedsafe.federated.partition import IID, Dirichlet, Natural, Quantity
 from fedsafe.federated.server_optimizer import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi
 from fedsafe.safety.filter import SafetyFilter
+from fedsafe.safety.revision import Reviser
 from fedsafe.safety.verdict_targets import VerdictTargets
 
 FUNCTIONS = ("filter", "revise", "measure", "table", "world", "generate", "export")
@@ -86,6 +87,7 @@ def test_an_option_without_words_is_found() -> None:
         RefusalProbe,
         VerdictTargets,
         SafetyFilter,
+        Reviser,
     ],
 )
 def test_every_setting_of_a_part_is_explained(part: type) -> None:
