@@ -47,7 +47,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "phi": _LLAMA_LIKE,  # its output layer has a bias
     "bloom": {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4},
     "mamba": {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
-    "rwkv": {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2},
     "gpt_neo": {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
