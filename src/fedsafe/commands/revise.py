@@ -190,7 +190,9 @@ def _table(summary: Mapping[str, Any]) -> Table:
     table.add_column()
     table.add_column(overflow="fold")
     reviser = summary["reviser"]
-    table.add_row("reviser", f"{reviser['constitution'].split()[0]}, critic {reviser['critic']}")
+    table.add_row(
+        "reviser", f"{reviser['constitution'].rpartition(' ')[0]}, critic {reviser['critic']}"
+    )
     table.add_row("rows", f"{summary['rows']:,}")
     table.add_row("kept", f"{summary['kept']:,}")
     table.add_row("rejected", f"{summary['rejected']:,}")
