@@ -6,14 +6,16 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from fedsafe.model.adapter import (
     FlatAdapter,
+    adapter_scale,
     read_adapter_config,
     save_adapter,
 )
+from fedsafe.model.generation import generating
 from fedsafe.model.lora import save_random_base
 from fedsafe.model.module import LoraLM
 
@@ -131,3 +133,56 @@ def test_a_folder_without_an_adapter_is_refused(
     (tmp_path / missing).unlink()
     with pytest.raises(ValueError, match=f"holds no {missing}; give the folder of an adapter"):
         read_adapter_config(tmp_path)
+
+
+# ---- at a share of its strength ------------------------------------------------------------------
+
+
+def logits_of(model: PeftModel) -> Tensor:
+    with generating(model):
+        return model(torch.arange(3, 9)[None]).logits
+
+
+def test_the_adapter_is_scaled_for_a_while(make_module: ModuleMaker) -> None:
+    module = make_module("llama")
+    adapter, model = module.flat_adapter(), module.peft_model
+    whole = logits_of(model)
+    with adapter_scale(model, 1):
+        assert torch.equal(logits_of(model), whole)
+    with adapter_scale(model, 0):
+        base = logits_of(model)
+    with adapter_scale(model, 0.25):
+        quarter = logits_of(model)
+    assert torch.equal(logits_of(model), whole)
+    vector = adapter.read()
+    adapter.write(torch.zeros_like(vector))
+    assert torch.equal(base, logits_of(model))
+    adapter.write(vector / 2)  # both factors at half are their product at a quarter
+    assert torch.allclose(quarter, logits_of(model), atol=1e-5)
+    assert not torch.allclose(quarter, base, atol=1e-2)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
+def test_the_adapter_is_put_back_after_an_error(
+    make_module: ModuleMaker, scale: float, frozen: bool
+) -> None:
+    model = make_module("gpt2").peft_model
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.requires_grad and not frozen)
+    trainable = [parameter.requires_grad for parameter in model.parameters()]
+    before = logits_of(model)
+    with pytest.raises(RuntimeError, match="out of memory"), adapter_scale(model, scale):
+        raise RuntimeError("out of memory")
+    assert torch.equal(logits_of(model), before)
+    assert [parameter.requires_grad for parameter in model.parameters()] == trainable
+
+
+@pytest.mark.parametrize("scale", [-0.1, 1.5, float("nan")], ids=["negative", "above_1", "nan"])
+def test_a_scale_is_a_share(make_module: ModuleMaker, scale: float) -> None:
+    model = make_module("gpt2").peft_model
+    with (
+        pytest.raises(ValueError, match=f"the scale of the adapter is {scale}; give a number"),
+        adapter_scale(model, scale),
+    ):
+        pass
