@@ -111,3 +111,12 @@ def test_guard_throughput_sides_give_the_same_probabilities() -> None:
     for name in ("vs_generate_fp32", "vs_forward_fp32", "bf16_vs_generate_fp32"):
         assert figures[name] > 0
     assert figures["max_relative_diff"] < 1e-4
+
+
+@pytest.mark.slow
+def test_revision_throughput_sides_say_the_same() -> None:
+    figures = last_line("revision_throughput.py", "--threads", "1")
+    assert figures["identical"] == {"llama": {"global": 1.0, "base": 1.0}}
+    for measured in (figures, figures["per_cpu_second"]):
+        assert measured["vs_one_by_one"]["llama"].keys() == {"global", "base"}
+        assert all(ratio > 0 for ratio in measured["vs_one_by_one"]["llama"].values())
