@@ -1,11 +1,5 @@
 import json
-import os
-import platform
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +7,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedsafe.data.output_files import json_line
 from fedsafe.data.sources import CheckedRow, Rejected
 from fedsafe.safety.filter import SafetyFilter
 from fedsafe.safety.filter_file import (
@@ -103,23 +96,6 @@ def test_what_the_policy_keeps_stays_as_it_is() -> None:
     assert (row.action, row.unsafe, row.kept) == ("kept", True, row.record)
 
 
-@pytest.mark.parametrize(
-    ("record", "line"),
-    [
-        ({"a": "안녕 é"}, '{"a": "안녕 é"}\n'),
-        ({"a": "\ud83d 안"}, '{"a": "\\ud83d \\uc548"}\n'),
-        ({"a": datetime(2024, 5, 1, tzinfo=UTC)}, '{"a": "2024-05-01 00:00:00+00:00"}\n'),
-        ({"a": [Decimal("1.10")]}, '{"a": ["1.10"]}\n'),
-        ({"a": "one\ntwo", "b": None}, '{"a": "one\\ntwo", "b": null}\n'),
-    ],
-    ids=["other scripts", "half a pair", "date", "decimal", "line end"],
-)
-def test_a_record_becomes_one_line_that_can_be_written(record: dict[str, Any], line: str) -> None:
-    assert json_line(record) == line
-    assert line.encode()
-    json.loads(line)
-
-
 def test_bytes_make_a_row_bad() -> None:
     rows = [{"prompt": "a", "response": "b", "image": each} for each in (None, b"\x00\xff")]
     pq.write_table(pa.Table.from_pylist(rows), "in.parquet")
@@ -151,46 +127,6 @@ def test_a_verdict_takes_no_columns_place() -> None:
     first, second = (json.loads(line) for line in lines)
     assert (first["verdict"], first["verdict_2"]["unsafe"]) == ("mine", 1.0)
     assert (second["verdict_2"], second["verdict_3"]["unsafe"]) == (2, 1.0)
-
-
-def test_an_error_leaves_files_as_they_were() -> None:
-    write_out([checked(1, "blue")])
-    before = {path: path.read_text() for path in Path("out").iterdir()}
-    outputs = Outputs(Path("out/kept.jsonl"))
-    with pytest.raises(OSError, match="no place for this"), outputs.files.open():
-        _fail_after_writing(outputs)
-    assert {path: path.read_text() for path in Path("out").iterdir()} == before
-
-
-def test_two_processes_do_not_write_over_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, theirs = Outputs(Path("out/kept.jsonl")), Outputs(Path("out/kept.jsonl"))
-    (row,) = filter_all([checked(1, "blue")])
-    with ours.files.open():
-        ours.write(row)
-        with monkeypatch.context() as other:
-            other.setattr("os.getpid", os.getppid)
-            with theirs.files.open():
-                theirs.write(BAD.rejected or row)
-        assert Path("out/kept.jsonl").read_text() == ""
-    assert json.loads(Path("out/kept.jsonl").read_text()) == checked(1, "blue").record
-
-
-def test_what_a_killed_process_left_is_removed() -> None:
-    killed = subprocess.Popen([sys.executable, "-c", ""])
-    killed.wait()
-    Path("out").mkdir()
-    names = [f".kept.jsonl.{platform.node()}-{pid}.part" for pid in (killed.pid, os.getppid())]
-    names += [f".kept.jsonl.elsewhere-{killed.pid}.part", ".kept.jsonl.mine.part"]
-    for name in names:
-        Path("out", name).touch()
-    write_out([checked(1, "blue")])
-    hidden = {path.name for path in Path("out").iterdir() if path.name.startswith(".")}
-    assert hidden == set(names[1:])
-
-
-def _fail_after_writing(outputs: Outputs) -> None:
-    outputs.write(Rejected("in.jsonl", 1, "bad"))
-    raise OSError("no place for this")
 
 
 # ---- rows that the guard cannot judge ------------------------------------------------------------

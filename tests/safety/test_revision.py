@@ -272,6 +272,8 @@ def test_a_guard_drops_revisions_that_it_calls_unsafe(make: Make) -> None:
     [[seen]] = guard.seen
     assert [turn["role"] for turn in seen] == ["user", "assistant"]
     assert seen[-1]["content"].startswith("0: better leave")
+    at_threshold = make(guard=WordGuard("0:"), guard_threshold=0.9)
+    assert revised(at_threshold, prompts("goose"))[0].dropped == "flagged_by_guard"
     assert revised(make(guard=WordGuard("0:"), guard_threshold=0.95), prompts("goose"))[0].pair
     assert revised(make(guard=WordGuard("1:")), prompts("goose"))[0].pair
 
