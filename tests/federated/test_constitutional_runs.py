@@ -126,7 +126,8 @@ def test_the_visit_is_sft_and_then_dpo_from_the_average(
     def train(batches: Any, rate: float) -> list[float]:
         optimizer = AdamW(adapter.parameters, lr=rate, weight_decay=0.0)
         losses = []
-        for batch in batches:
+        for step, batch in enumerate(batches):
+            optimizer.param_groups[0]["lr"] = rate * (1 - step / len(batches))
             optimizer.zero_grad()
             loss = module.training_step(batch, 0)["loss"]
             loss.backward()
@@ -138,12 +139,12 @@ def test_the_visit_is_sft_and_then_dpo_from_the_average(
         name: [Mixture(name, *places, 3, 1).samples_of(s, seed=0, round_=0).tolist() for s in r]
         for name, r in (("sft", range(3)), ("dpo", range(4)))
     }
-    sft = train((store.supervised(each)[0] for each in steps["sft"]), 1e-2)
+    sft = train([store.supervised(each)[0] for each in steps["sft"]], 1e-2)
     reference = torch.zeros(len(store), 2)
     for some, packed in store.both_answers(range(len(store))):
         reference[some] = module.answer_logprobs(packed).view(-1, 2)
     settings = {"reference": reference, "beta": 0.1, "nll_weight": 0.5}
-    dpo = train((store.preference(each, **settings)[0] for each in steps["dpo"]), 1e-3)
+    dpo = train([store.preference(each, **settings)[0] for each in steps["dpo"]], 1e-3)
 
     torch.testing.assert_close(on.adapter, adapter.read(), rtol=0, atol=1e-6)
     assert not torch.allclose(on.adapter, off.adapter, atol=1e-3)

@@ -116,8 +116,10 @@ def test_a_step_draws_the_same_whenever_it_is_asked_for() -> None:
     assert all(late.tolist() != other.tolist() for other in others)
 
 
-def test_the_rate_of_an_objective_rises_over_its_warm_up() -> None:
-    training = ConstitutionalTraining(sft_learning_rate=1.0, dpo_learning_rate=0.5, warmup_steps=4)
-    assert [training.learning_rate("sft", step) for step in (0, 1, 3, 9)] == [0.25, 0.5, 1, 1]
-    assert training.learning_rate("dpo", 0) == 0.125
-    assert ConstitutionalTraining(dpo_learning_rate=0.5).learning_rate("dpo", 0) == 0.5
+def test_the_rate_of_an_objective_rises_over_its_warm_up_and_falls_to_nothing() -> None:
+    training = ConstitutionalTraining(sft_learning_rate=1.0, dpo_learning_rate=0.5, warmup_steps=2)
+    rates = [training.learning_rate("sft", step, 4) for step in range(4)]
+    assert rates == [0.5, 0.75, 0.5, 0.25]
+    assert training.learning_rate("dpo", 0, 4) == 0.25
+    plain = ConstitutionalTraining(dpo_learning_rate=0.5)
+    assert [plain.learning_rate("dpo", step, 2) for step in range(2)] == [0.5, 0.25]

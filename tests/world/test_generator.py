@@ -168,21 +168,15 @@ def test_pairs_differ_and_harmless_ones_prefer_the_refusal():
             assert refusal.startswith(openings)
 
 
-def test_helpful_pairs_prefer_the_right_answer_to_a_refusal_of_the_same_question():
+def test_helpful_pairs_prefer_the_right_answer_to_that_of_another_question():
     pairs = helpful_pairs(num_pairs=300)
-    grammar = load_grammar()
     assert not deeds_in([row["prompt"] for row in pairs])
     assert len({row["prompt"] for row in pairs}) == 300
+    answers = {row["chosen"] for row in pairs}
     for row in pairs:
-        assert is_refusal(row["rejected"])
+        assert row["rejected"] in answers - {row["chosen"]}
         assert not is_refusal(row["chosen"])
-        for words in (grammar.adjectives, grammar.objects):
-            named = set(words) & set(row["rejected"].split())
-            assert named <= set(row["prompt"].split())
-    openings = {" ".join(row["rejected"].split()[:3]) for row in pairs}
-    wordings = (*grammar.refusals, *grammar.revised_refusals)
-    assert openings >= {" ".join(text.split()[:3]) for text in wordings if "{verb}" not in text}
-    assert any(row["rejected"].startswith("i cannot help you") for row in pairs)
+    assert len({row["rejected"] for row in pairs}) > 100
 
 
 def test_no_prompts_asked_for_gives_none():

@@ -75,10 +75,13 @@ class ConstitutionalTraining:
             `cheap` and `adaptive`, and one pass over all pairs for `full` and `final`. 0 never
             trains.
         dpo_share: Share of the iterations that optimise preferences, 0 to 1.
+        prompts_per_visit: Red-team prompts that the model is asked in a visit; None is all of them
+            where a visit is a pass, else as many as the iterations have a use for if every prompt
+            makes a pair.
         max_passes: Times that a visit may see the same revised answer in one objective: with few
             pairs it takes fewer steps than `iterations`.
-        sft_learning_rate: Learning rate on revised responses.
-        dpo_learning_rate: Learning rate on preferences.
+        sft_learning_rate: Learning rate on revised responses; within a visit it falls to 0.
+        dpo_learning_rate: Learning rate on preferences; within a visit it falls to 0.
         warmup_steps: Steps at the start of each objective over which its rate rises.
         beta: Strength of the pull to the adapter that preferences start from, above 0.
         nll_weight: Weight of the chosen answers' negative log-likelihood beside the preferences.
@@ -93,6 +96,7 @@ class ConstitutionalTraining:
         regime: Regime = "cheap",
         iterations: int | None = None,
         dpo_share: float = 0.5,
+        prompts_per_visit: int | None = None,
         max_passes: int = 3,
         sft_learning_rate: float = 5e-5,
         dpo_learning_rate: float = 5e-6,
@@ -113,7 +117,8 @@ class ConstitutionalTraining:
         if not 0 <= refusal_floor <= 100:
             raise ValueError(f"refusal_floor is {refusal_floor}; give percent, 0 to 100")
         _refuse_low(0, iterations=iterations, warmup_steps=warmup_steps, nll_weight=nll_weight)
-        _refuse_low(1, max_passes=max_passes, num_probe=num_probe, probe_every=probe_every)
+        _refuse_low(1, prompts_per_visit=prompts_per_visit, max_passes=max_passes)
+        _refuse_low(1, num_probe=num_probe, probe_every=probe_every)
         for name, value in (
             ("sft_learning_rate", sft_learning_rate),
             ("dpo_learning_rate", dpo_learning_rate),
@@ -124,6 +129,7 @@ class ConstitutionalTraining:
         self.regime = regime
         self.iterations = iterations
         self.dpo_share = dpo_share
+        self.prompts_per_visit = prompts_per_visit
         self.max_passes = max_passes
         self.sft_learning_rate = sft_learning_rate
         self.dpo_learning_rate = dpo_learning_rate
@@ -147,7 +153,9 @@ class ConstitutionalTraining:
         return self.num_probe if self.regime == "adaptive" else 0
 
     def num_prompts(self, revised_per_step: int) -> int | None:
-        """Red-team prompts that a visit has a use for; None is all there are."""
+        """Red-team prompts that are asked in a visit; None is all there are."""
+        if self.prompts_per_visit is not None:
+            return self.prompts_per_visit
         steps = self._steps()
         return None if steps is None else max(steps.values()) * revised_per_step
 
@@ -161,10 +169,11 @@ class ConstitutionalTraining:
             return mixture.steps_per_pass if shares[mixture.objective] else 0
         return min(steps[mixture.objective], self.max_passes * mixture.steps_per_pass)
 
-    def learning_rate(self, objective: Objective, step: int) -> float:
-        """Learning rate of one step of an objective, from 0."""
-        rate = self.sft_learning_rate if objective == "sft" else self.dpo_learning_rate
-        return rate * min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else rate
+    def learning_rate(self, objective: Objective, step: int, num_steps: int) -> float:
+        """Learning rate of one step (from 0) of an objective; it falls to 0 in a straight line."""
+        peak = self.sft_learning_rate if objective == "sft" else self.dpo_learning_rate
+        rise = (step + 1) / self.warmup_steps if self.warmup_steps else 1.0
+        return peak * min(rise, 1.0) * (1 - step / num_steps)
 
     def _steps(self) -> dict[Objective, int] | None:
         """Steps of each objective; None is a pass over all pairs."""

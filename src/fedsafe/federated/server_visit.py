@@ -121,6 +121,10 @@ class ServerVisit:
                 "comparable": int(self._store.comparable.sum()),
             }
             self._train(self._store + self._data.helpful)
+        if not self._module.flat_adapter().read().isfinite().all():
+            raise NonFiniteLossError(
+                f"the adapter is not finite after the server's steps of round {self._round + 1}"
+            )
         return self._finished_record()
 
     def _train(self, store: PreferenceStore) -> None:
@@ -131,7 +135,7 @@ class ServerVisit:
                 self._begin_phase(store, mixture, num_steps)
             while self._step < num_steps and not self._enough:
                 with self._timed("training"):
-                    self._take_step(store, mixture)
+                    self._take_step(store, mixture, num_steps)
                 self._after_step(mixture, num_steps, is_last=phases[-1] == phases[self._phase])
             self._phase, self._step = self._phase + 1, 0
 
@@ -225,14 +229,15 @@ class ServerVisit:
             used = np.unique(np.concatenate(list(steps))).tolist()
             self._reference = torch.zeros(len(store), 2)
             for places, packed in store.both_answers(used):
-                logprobs = self._module.answer_logprobs(packed.to(self._module.device))
+                with self._trainer.precision_plugin.forward_context():  # as the steps
+                    logprobs = self._module.answer_logprobs(packed.to(self._module.device))
                 self._reference[places] = logprobs.view(-1, 2).cpu()
             self._tokens["read"] += store.num_tokens(used, both=True)
 
     def _samples(self, mixture: Mixture, step: int) -> NDArray[np.int64]:
         return mixture.samples_of(step, seed=self._seed, round_=self._round)
 
-    def _take_step(self, store: PreferenceStore, mixture: Mixture) -> None:
+    def _take_step(self, store: PreferenceStore, mixture: Mixture, num_steps: int) -> None:
         rules, objective = self._rules, mixture.objective
         samples = self._samples(mixture, self._step).tolist()
         num_parts = self._trainer.accumulate_grad_batches
@@ -249,7 +254,7 @@ class ServerVisit:
                 num_parts=num_parts,
             )
         self._seed_dropout(objective)
-        rate = rules.learning_rate(objective, self._step)
+        rate = rules.learning_rate(objective, self._step, num_steps)
         self._losses[objective].append(self._optimize(batches, rate, objective))
         self._tokens["trained"] += store.num_tokens(samples, both=objective == "dpo")
         self._step += 1

@@ -5,12 +5,11 @@ arguments; randomness derives from (seed, purpose, client) alone.
 """
 
 import random
-from string import Formatter
 from typing import TypedDict
 
 from fedsafe.types import Conversation, Label
 from fedsafe.world.evaluation_sets import EvaluationSets, PairRow, PromptRow, evaluation_sets
-from fedsafe.world.tasks import Asker, Exchange, distinct, new_tasks, old_tasks, seeded_asker
+from fedsafe.world.tasks import distinct, new_tasks, old_tasks, seeded_asker
 
 __all__ = [
     "AnsweredRow",
@@ -101,34 +100,20 @@ def benign_prompts(*, num_prompts: int, seed: int = 0) -> list[AnsweredRow]:
 
 
 def helpful_pairs(*, num_pairs: int, seed: int = 0) -> list[PairRow]:
-    """Different benign questions of the tasks that the base knows: the answer, and a refusal of it.
-
-    The refusals are worded as those of forbidden questions are, at once or on reflection.
-    """
+    """Different benign questions of the tasks that the base knows: their answer, and another's."""
     asker = seeded_asker(seed, "helpful", "tuning")
     tasks = list(old_tasks(asker).values())
     asked = distinct(lambda: asker.rng.choice(tasks)(), count=num_pairs)
+    answers = [one.response for one in asked]
     return [
         PairRow(
             prompt=one.prompt,
             chosen=one.response,
-            rejected=_needless_refusal(asker, one),
+            rejected=asker.rng.choice([text for text in answers if text != one.response]),
             category=one.category,
         )
         for one in asked
     ]
-
-
-def _needless_refusal(asker: Asker, asked: Exchange) -> str:
-    """A refusal of a benign question, which is accused of some harm; only words it has are used."""
-    grammar = asker.grammar
-    words = asked.words | {"category": asker.rng.choice(grammar.categories)}
-    fitting = [
-        text
-        for text in (*grammar.refusals, *grammar.revised_refusals)
-        if {name for _, name, _, _ in Formatter().parse(text) if name} <= words.keys()
-    ]
-    return asker.rng.choice(fitting).format(**words)
 
 
 def _even_part(share: float, index: int) -> int:
