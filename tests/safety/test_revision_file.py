@@ -1,8 +1,6 @@
 """The files of a revision: what is kept of a command that was killed, and where rows go."""
 
 import json
-import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -105,24 +103,13 @@ def test_batches_of_other_settings_or_prompts_are_forgotten() -> None:
 
 
 def test_two_commands_do_not_share_a_journal() -> None:
-    script = (
-        "import fcntl, sys\n"
-        "file = open('out/.journal', 'a+b')\n"
-        "fcntl.flock(file, fcntl.LOCK_EX)\n"
-        "print('locked', flush=True)\n"
-        "sys.stdin.read()\n"
-    )
-    before = left_behind(FIRST).read_bytes()
-    with subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as other:
-        assert other.stdout is not None
-        other.stdout.readline()
+    ours = Journal(left_behind(FIRST), SETTINGS, PROMPTS)
+    with suppress(KilledError), ours.open():
         with pytest.raises(ValueError, match=r"another command is writing out/\.journal; wait"):
             found_by()
-        other.communicate()
-    assert Path("out/.journal").read_bytes() == before
-    assert found_by() == dict(FIRST)
+        ours.add(SECOND)
+        raise KilledError
+    assert found_by() == dict(FIRST + SECOND)
 
 
 # ---- where rows go -------------------------------------------------------------------------------
