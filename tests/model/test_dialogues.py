@@ -137,6 +137,29 @@ def test_three_greedy_turns_are_those_of_rereading_one_by_one(
     assert len({chat[-1]["content"] for chat in expected}) > 1
 
 
+@pytest.mark.oracle
+@pytest.mark.parametrize("family", ["mistral", "mamba"])
+def test_a_model_whose_memory_cannot_be_kept_reads_anew(
+    make_model: Callable[..., Model], tiny_llama: Path, family: str
+) -> None:
+    model = make_model(family, vocab_size=128)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    ensure_chat_template(tokenizer)
+    dialogues, chats = Dialogues(model, tokenizer), asked("7?", "hm")
+    for _ in range(2):
+        texts = [render(tokenizer, chat, add_generation_prompt=True) for chat in chats]
+        answers = present(dialogues.answer(chats, max_new_tokens=9, seeds=[0, 1]))
+        assert [each.text for each in answers] == [
+            reread(model, tokenizer, chat, 9) for chat in chats
+        ]
+        assert [each.num_read for each in answers] == [
+            len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts
+        ]
+        for chat, answer in zip(chats, answers, strict=True):
+            chat.append({"role": "assistant", "content": answer.text})
+            chat.append({"role": "user", "content": "no"})
+
+
 @pytest.mark.parametrize("batch", [1, 3, 7])
 def test_a_sampled_conversation_does_not_depend_on_the_others(
     model: Model, characters: PreTrainedTokenizerBase, batch: int

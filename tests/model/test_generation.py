@@ -77,6 +77,18 @@ def test_sampling_depends_on_its_seed_alone(answer: Answer) -> None:
     assert answer(*TEXTS, temperature=1.0, seed=6) != first
 
 
+def test_a_sampled_answer_depends_on_its_place_and_not_on_the_batch(answer: Answer) -> None:
+    together = answer(*TEXTS, temperature=1.0)
+    for batch_size in (1, 2, 4):
+        assert answer(*TEXTS, temperature=1.0, batch_size=batch_size) == together
+    assert answer(*TEXTS[:2], temperature=1.0) == together[:2]
+    assert together[0] != together[4]
+
+
+def test_no_questions_have_no_answers(answer: Answer) -> None:
+    assert answer() == []
+
+
 def test_sampled_answers_to_one_question_differ(answer: Answer) -> None:
     assert len(set(answer(*["hi"] * 6, temperature=1.0))) > 1
     assert len(set(answer(*["hi"] * 6))) == 1
