@@ -11,6 +11,7 @@ from fedsafe.federated.partition import PartitionRow
 from fedsafe.guard_report import FIGURES, UNDEFINED
 from fedsafe.report import (
     MAX_CLIENT_ROWS,
+    cai_table,
     draw_rounds,
     draw_table,
     filter_lines,
@@ -66,6 +67,7 @@ def test_the_results_fit_a_terminal_of_80_columns_uncut() -> None:
         summary_row("base", "none"),
         summary_row("fl_benign", "fedavg"),
         summary_row("fl_filter_leaky", "scaffold"),
+        summary_row("fl_cai_global_critic", "scaffold"),
     ]
     text = rendered(results_table(summary))
     assert "…" not in text
@@ -98,6 +100,35 @@ def test_a_line_tells_what_each_filter_did(counts: dict[str, float], line: str) 
     assert filter_lines([summary_row("fl", "fedavg"), filtered]) == [
         f"fl_filter · fedavg: 12% of the samples unsafe, {line} harmful ones got through"
     ]
+
+
+def cai_costs(**values: float) -> dict[str, float]:
+    costs = {"visits": 15.0, "asked": 400.0, "kept": 300.0, "sft_steps": 120.0, "dpo_steps": 60.0}
+    costs |= {f"tokens_{name}": 20_000.0 for name in ("generated", "read", "trained")}
+    return costs | {"seconds": 9.5, "seconds_revising": 6.2, "seconds_training": 3.3} | values
+
+
+def test_regimes_are_shown_with_what_they_gain_and_cost_in_80_columns() -> None:
+    row = summary_row("fl_cai_global_critic", "scaffold", mean=93.21) | {"cai": cai_costs()}
+    table = cai_table([summary_row("fl", "fedavg"), row])
+    assert table is not None
+    text = rendered(table)
+    assert "…" not in text
+    assert "fl · fedavg" not in text
+    [line] = [line for line in text.splitlines() if "fl_cai_global_critic" in line]
+    assert " ".join(line.split()[3:]) == "93.2 93.2 9.5 6.2 3.3 15 300 120 60 60"
+
+
+def test_without_constitutional_training_there_is_no_table_of_it() -> None:
+    assert cai_table([summary_row("fl", "fedavg")]) is None
+
+
+def test_the_summary_tells_what_constitutional_training_did() -> None:
+    visit = {"sft_steps": 4, "dpo_steps": 2, "asked": 12, "kept": 7, "seconds": 1.25}
+    rows = [round_row(1, cai=visit), round_row(2, cai={"sft_steps": 0, "dpo_steps": 0})]
+    text = " ".join(rendered(summary_table(rows, Path("runs/x")), width=200).split())
+    assert "trained after 1 of 2 rounds on 7 revised answers to 12 prompts: 4 + 2 steps" in text
+    assert "constitution" not in rendered(summary_table([round_row(1)], Path("runs/x")))
 
 
 def test_guards_are_shown_before_and_after_training_in_80_columns() -> None:

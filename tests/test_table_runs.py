@@ -9,6 +9,7 @@ from word_guard import WordGuard
 
 from fedsafe import table, table_runs
 from fedsafe.table_runs import Cell, GuardRun, Row, TableGuard, run_cell, run_guard
+from fedsafe.world.grammar import load_grammar
 from fedsafe.world.guard_sets import guard_test_rows
 
 GOOD = TableGuard("good", ("guard.yaml",))
@@ -55,6 +56,9 @@ class Fits:
         run_dir = Path(self.overrides()["run_dir"])
         run_dir.mkdir(parents=True)
         (run_dir / "filter.json").write_text(json.dumps(self.filtered))
+        visit = {"sft_steps": 3, "dpo_steps": 2, "asked": 8, "kept": 5, "seconds": 1.5}
+        rows = [{"round": 1, "cai": visit}, {"round": 2, "cai": visit}]
+        (run_dir / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def overrides(self, call: int = -1) -> dict[str, Any]:
         files = [part for part in self.calls[call] if part.endswith("overrides.yaml")]
@@ -151,6 +155,27 @@ def test_behind_a_filter_that_keeps_all_harm_is_left(folder: Path, fits: Fits) -
     fits.filtered["total"]["dropped"] = 0
     found = run_cell(cell_of(folder, FILTERED), fits)["filter"]
     assert [found[name] for name in ("unsafe", "dropped", "harm", "harm_left")] == [5, 0, 4, 4]
+
+
+def test_a_constitutional_cell_is_given_its_worlds_data_and_counts_what_it_cost(
+    folder: Path, fits: Fits
+) -> None:
+    cell = cell_of(folder, Row("fl_cai", "fedavg", ("tiny.yaml",), cai=True))
+    costs = run_cell(cell, fits)["cai"]
+    assert (costs["visits"], costs["sft_steps"], costs["kept"]) == (2, 6, 10)
+    assert costs["seconds"] == 3.0
+    data = fits.overrides()["data"]["cai"]
+    assert data["prompts"] == str(cell.world / "red_team.jsonl")
+    assert data["helpful"] == str(cell.world / "helpful.jsonl")
+    assert data["reviser"]["constitution"] == str(cell.world / "constitution.yaml")
+    assert tuple(data["reviser"]["openings"]) == load_grammar().refusal_openings
+
+
+def test_a_cell_without_constitutional_training_has_no_data_and_no_cost_of_it(
+    folder: Path, fits: Fits
+) -> None:
+    assert "cai" not in run_cell(cell_of(folder), fits)
+    assert "cai" not in fits.overrides()["data"]
 
 
 def test_a_cell_without_a_guard_filters_nothing(folder: Path, fits: Fits) -> None:

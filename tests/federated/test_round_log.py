@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsafe.federated.round_log import RoundLog
+from fedsafe.federated.round_log import RoundLog, cai_costs
 
 
 @pytest.fixture
@@ -50,3 +50,16 @@ def test_keeping_more_rounds_than_there_are_is_refused(log: RoundLog) -> None:
     with pytest.raises(ValueError, match=r"has 3 rounds, but the checkpoint was written after 4"):
         log.keep(4)
     assert len(log.read()) == 3
+
+
+def test_costs_of_constitutional_training_add_up_over_the_rounds() -> None:
+    visit = {"asked": 8, "kept": 5, "sft_steps": 3, "dpo_steps": 2, "seconds": 1.5}
+    visit |= {"tokens_generated": 10, "tokens_read": 20, "tokens_trained": 30}
+    skipped = {"sft_steps": 0, "dpo_steps": 0, "tokens_generated": 4, "seconds": 0.5}
+    before = {"asked": 40, "kept": 30, "tokens_generated": 100, "seconds": 2.0}
+    costs = cai_costs([{"cai": visit, "cai_before": before}, {"cai": skipped}, {"round": 3}])
+    assert costs["visits"] == 1
+    assert (costs["asked"], costs["kept"]) == (48, 35)
+    assert (costs["sft_steps"], costs["dpo_steps"]) == (3, 2)
+    assert costs["tokens_generated"] == 114
+    assert costs["seconds"] == 4.0

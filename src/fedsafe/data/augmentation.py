@@ -15,8 +15,15 @@ from fedsafe.data.preferences import PreferenceStore
 from fedsafe.data.prompts import load_prompts
 from fedsafe.data.sources import report_rejected
 from fedsafe.federated.schedule import Stream, random_stream
-from fedsafe.safety.revision import Reviser, RevisionCounts, Speaker, pair_record
-from fedsafe.types import PreferencePair, RedTeamPrompt
+from fedsafe.safety.revision import (
+    PlainAnswers,
+    Reviser,
+    RevisionCounts,
+    Speaker,
+    Transcript,
+    pair_record,
+)
+from fedsafe.types import PreferencePair, RedTeamPrompt, Turn
 
 Paths = str | list[str]
 
@@ -32,8 +39,13 @@ class CaiAugmentation:
         reviser: How the model revises itself.
         renew: Whether pairs are made in each round, by the global model of that round; False makes
             them once, by the model that training starts from.
+        keep_refusals: Whether first answers that refuse already are trained on too, by supervised
+            fine-tuning: they say what the revisions say, in the model's own words.
         helpful: Files or hub names of helpful answers to mix in: pairs, or plain conversations,
             which only supervised fine-tuning takes.
+        rehearsal: Files or hub names of harmless prompts without answers. The model answers them
+            before it is trained, and they count as helpful answers of supervised fine-tuning: what
+            it has learned from the clients it keeps.
         helpful_share: Share of helpful answers in a batch, 0 to below 1.
         batch_size: Samples, or pairs, of one optimizer step.
         max_length: Tokens kept of prompt and answer, from their start.
@@ -48,7 +60,9 @@ class CaiAugmentation:
         pairs: Paths | None = None,
         reviser: Reviser | None = None,
         renew: bool = True,
+        keep_refusals: bool = False,
         helpful: Paths | None = None,
+        rehearsal: Paths | None = None,
         helpful_share: float = 0.5,
         batch_size: int = 16,
         max_length: int = 512,
@@ -63,8 +77,10 @@ class CaiAugmentation:
             raise ValueError(f"batch_size is {batch_size}; give 1 or more")
         self.reviser = reviser if reviser is not None else Reviser()
         self.renew = renew
+        self._keep_refusals = keep_refusals
         self.batch_size = batch_size
         self._paths = {"prompts": prompts, "pairs": pairs, "helpful": helpful}
+        self._paths["rehearsal"] = rehearsal
         self._helpful_share = helpful_share
         self._max_length = max_length
         self._reading: dict[str, Any] = {"split": split, "on_bad_row": on_bad_row}
@@ -75,7 +91,10 @@ class CaiAugmentation:
         self._tokenizer = tokenizer
         reading = {**self._reading, "rejected": rejected}
         paths = self._paths
-        self.prompts = load_prompts(paths["prompts"], **reading) if paths["prompts"] else []
+        self.prompts, self.rehearsal = (
+            load_prompts(found, **reading) if (found := paths[name]) else []
+            for name in ("prompts", "rehearsal")
+        )
         helpful = (
             load_pairs(paths["helpful"], need_rejected=False, **reading) if paths["helpful"] else []
         )
@@ -88,7 +107,7 @@ class CaiAugmentation:
         for store, pairs in ((self.ready, ready), (self.helpful, helpful)):
             if store is not None and store.left_out:
                 report_rejected(store.left_out, total=len(pairs), rejected=rejected)
-        self._digest = _digest(self.prompts, ready, helpful)
+        self._digest = _digest(self.prompts, self.rehearsal, ready, helpful)
 
     @property
     def stores(self) -> list[PreferenceStore]:
@@ -107,7 +126,7 @@ class CaiAugmentation:
         return self._paths["pairs"] is None
 
     def helpful_per_step(self, num_helpful: int) -> int:
-        """Helpful answers of a batch, of which there are `num_helpful` in all."""
+        """Helpful answers of a batch, where there are `num_helpful` in all."""
         share = self._helpful_share if num_helpful else 0.0
         return min(self.batch_size - 1, round(self.batch_size * share))
 
@@ -153,13 +172,34 @@ class CaiAugmentation:
             transcripts[place] = transcript
             on_progress(len(transcripts), len(prompts))
         ordered = [transcripts[place] for place in sorted(transcripts)]
+        counts = RevisionCounts.of(ordered)
         kept = [each for each in ordered if each.dropped is None]
-        file.parent.mkdir(parents=True, exist_ok=True)
-        scratch = file.with_name(file.name + ".tmp")
-        lines = (json.dumps(pair_record(each), ensure_ascii=False) + "\n" for each in kept)
-        scratch.write_text("".join(lines), encoding="utf-8")
-        scratch.replace(file)
-        return RevisionCounts.of(ordered), self.store_of([each.pair for each in kept])
+        refusals = [each for each in ordered if each.dropped == "refused"]
+        if not self._keep_refusals or not kept:
+            refusals = []
+        own = [_refusal(each) for each in refusals]
+        _write_whole(file, [*map(pair_record, kept), *map(_plain_record, own)])
+        return counts, self.store_of([*(each.pair for each in kept), *own])
+
+    def rehearse(
+        self, speaker: Speaker, places: Sequence[int], *, file: Path
+    ) -> tuple[PlainAnswers, PreferenceStore]:
+        """Let the model answer some harmless prompts, and write its answers down.
+
+        Args:
+            speaker: The model.
+            places: Which of `rehearsal`.
+            file: Where the answers go, whole or not at all.
+        """
+        prompts = [self.rehearsal[place] for place in places]
+        answers = self.reviser.answer(speaker, prompts)
+        pairs = [
+            PreferencePair(prompt.messages, text, None, prompt.source, prompt.row)
+            for prompt, text in zip(prompts, answers.texts, strict=True)
+            if text is not None
+        ]
+        _write_whole(file, [_plain_record(pair) for pair in pairs])
+        return answers, self.store_of(pairs)
 
     def read_back(self, file: Path) -> PreferenceStore:
         """The pairs that `revise` wrote.
@@ -174,7 +214,7 @@ class CaiAugmentation:
             )
         if not file.stat().st_size:
             return self.store_of([])
-        return self.store_of(load_pairs(str(file), need_rejected=True))
+        return self.store_of(load_pairs(str(file), need_rejected=False))
 
     def store_of(self, pairs: Sequence[PreferencePair]) -> PreferenceStore:
         """Pairs as tokens."""
@@ -186,13 +226,36 @@ class CaiAugmentation:
             "data.cai.samples": self._digest,
             "data.cai.reviser": self.reviser.identity() if self.makes_pairs else None,
             "data.cai.renew": self.renew,
+            "data.cai.keep_refusals": self._keep_refusals,
             "data.cai.helpful_share": self._helpful_share,
             "data.cai.batch_size": self.batch_size,
             "data.cai.max_length": self._max_length,
         }
 
 
+def _refusal(transcript: Transcript) -> PreferencePair:
+    """A red-team prompt and the model's own refusal of it."""
+    prompt = transcript.prompt
+    return PreferencePair(
+        prompt.messages, transcript.init_response, None, prompt.source, prompt.row
+    )
+
+
+def _plain_record(pair: PreferencePair) -> dict[str, Any]:
+    """An answer without a worse one, as a plain conversation, which `load_pairs` reads."""
+    answer: Turn = {"role": "assistant", "content": pair.chosen}
+    return {"messages": [*pair.prompt, answer]}
+
+
+def _write_whole(file: Path, records: Sequence[dict[str, Any]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_name(file.name + ".tmp")
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    scratch.write_text("".join(lines), encoding="utf-8")
+    scratch.replace(file)
+
+
 def _digest(*parts: Sequence[RedTeamPrompt | PreferencePair]) -> str:
     """Short digest of what was read, whatever files it came from."""
-    texts = json.dumps([[each[:3] for each in part] for part in parts])
+    texts = json.dumps([[each[:-2] for each in part] for part in parts])
     return blake2b(texts.encode(), digest_size=6).hexdigest()
