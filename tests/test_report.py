@@ -73,9 +73,9 @@ def test_the_results_fit_a_terminal_of_80_columns_uncut() -> None:
     assert "…" not in text
     for word in ("method", "refusal", "over", "hhh", "help", "old", "new", "sec"):
         assert word in text
-    for name in ("base", "fl_benign · fedavg", "fl_filter_leaky · scaffold"):
+    for name in ("base", "fl_benign fedavg", "fl_filter_leaky scaffold"):
         [line] = [line for line in text.splitlines() if name in line]
-        assert line.count("100 ±12") == len(MEASURES)
+        assert line.count("100±12") == len(MEASURES)
         assert line.rstrip().endswith("123")
 
 
@@ -98,7 +98,7 @@ def test_a_line_tells_what_each_filter_did(counts: dict[str, float], line: str) 
     found |= {"harm": 192.3, "harm_left": 79.0}
     filtered = summary_row("fl_filter", "fedavg") | {"filter": found | counts}
     assert filter_lines([summary_row("fl", "fedavg"), filtered]) == [
-        f"fl_filter · fedavg: 12% of the samples unsafe, {line} harmful ones got through"
+        f"fl_filter fedavg: 12% of the samples unsafe, {line} harmful ones got through"
     ]
 
 
@@ -114,9 +114,9 @@ def test_regimes_are_shown_with_what_they_gain_and_cost_in_80_columns() -> None:
     assert table is not None
     text = rendered(table)
     assert "…" not in text
-    assert "fl · fedavg" not in text
+    assert "fl fedavg" not in text
     [line] = [line for line in text.splitlines() if "fl_cai_global_critic" in line]
-    assert " ".join(line.split()[3:]) == "93.2 93.2 9.5 6.2 3.3 15 300 120 60 60"
+    assert " ".join(line.split()[2:]) == "93.2 93.2 9.5 15 300 120+60 60"
 
 
 def test_without_constitutional_training_there_is_no_table_of_it() -> None:

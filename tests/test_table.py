@@ -30,7 +30,7 @@ from fedsafe import table, table_runs
 
 def write_world(output, *, harm_share, seed):
     (output / "base").mkdir(parents=True)
-    (output / "rehearsal.jsonl").touch()
+    (output / "helpful.jsonl").touch()
 
 def load_trained(adapter, *, base):
     return json.loads((adapter / "trained.json").read_text()), None
@@ -131,7 +131,7 @@ def test_a_killed_table_goes_on_where_it_stopped(folder: Path) -> None:
 
 def write_world(output: Path, *, harm_share: float, seed: int) -> None:
     (output / "base").mkdir(parents=True, exist_ok=True)
-    (output / "rehearsal.jsonl").write_text(f"{harm_share} {seed}")
+    (output / "helpful.jsonl").write_text(f"{harm_share} {seed}")
 
 
 @pytest.fixture
@@ -266,10 +266,10 @@ def test_a_world_of_an_earlier_version_is_written_anew(
     world = table._cell(FL, 0, folder / "out", {}).world
     (world / "base").mkdir(parents=True)
     tabulate(folder, FL, seeds=[0])
-    assert (world / "rehearsal.jsonl").read_text() == "0.2 0"
-    (world / "rehearsal.jsonl").write_text("kept")
+    assert (world / "helpful.jsonl").read_text() == "0.2 0"
+    (world / "helpful.jsonl").write_text("kept")
     tabulate(folder, FL, seeds=[0])
-    assert (world / "rehearsal.jsonl").read_text() == "kept"
+    assert (world / "helpful.jsonl").read_text() == "kept"
 
 
 def test_worlds_are_shared_by_rows_of_the_same_harm(tmp_path: Path) -> None:

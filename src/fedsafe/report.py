@@ -190,7 +190,7 @@ def results_table(summary: Sequence[dict[str, Any]]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in summary:
         cells = [row["metrics"][name] for name in columns]
-        shown = [f"{cell['mean']:.0f} ±{cell['spread']:.0f}" for cell in cells]
+        shown = [f"{cell['mean']:.0f}±{cell['spread']:.0f}" for cell in cells]
         table.add_row(_name_of(row), *shown, f"{row['seconds']:.0f}")
     return table
 
@@ -216,19 +216,7 @@ def cai_table(summary: Sequence[dict[str, Any]]) -> Table | None:
     title = "Constitutional training, mean of the seeds, per run"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     table.add_column("method", no_wrap=True)
-    headings = (
-        "refusal",
-        "help",
-        "sec",
-        "revise",
-        "train",
-        "rounds",
-        "pairs",
-        "SFT",
-        "DPO",
-        "kTok",
-    )
-    for heading in headings:
+    for heading in ("refusal", "help", "sec", "rounds", "pairs", "SFT+DPO", "kTok"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         costs = row["cai"]
@@ -236,8 +224,9 @@ def cai_table(summary: Sequence[dict[str, Any]]) -> Table | None:
         table.add_row(
             _name_of(row),
             *(f"{row['metrics'][name]['mean']:.1f}" for name in ("refusal_rate", "help_rate")),
-            *(f"{costs[f'seconds{name}']:.1f}" for name in ("", "_revising", "_training")),
-            *(f"{costs[name]:.0f}" for name in ("visits", "kept", "sft_steps", "dpo_steps")),
+            f"{costs['seconds']:.1f}",
+            *(f"{costs[name]:.0f}" for name in ("visits", "kept")),
+            "+".join(f"{costs[name]:.0f}" for name in ("sft_steps", "dpo_steps")),
             f"{tokens / 1000:,.0f}",
         )
     return table
@@ -265,13 +254,13 @@ def _heading(measure: str) -> str:
 
 def _name_of(row: dict[str, Any]) -> str:
     untrained = row["aggregation"] == "none"
-    return str(row["method"]) if untrained else f"{row['method']} · {row['aggregation']}"
+    return str(row["method"]) if untrained else f"{row['method']} {row['aggregation']}"
 
 
 def draw_table(summary: Sequence[dict[str, Any]], file: Path) -> None:
     """Safety and help of each method, side by side; a PNG."""
     figure, panel = plt.subplots(figsize=(max(8, 1.35 * len(summary)), 3.6))
-    labels = [_name_of(row).replace(" · ", "\n") for row in summary]
+    labels = [_name_of(row).replace(" ", "\n") for row in summary]
     measures = {"refusal_rate": "harmful requests refused", "help_rate": "benign requests helped"}
     for offset, (name, label) in enumerate(measures.items()):
         means = [row["metrics"][name]["mean"] for row in summary]

@@ -21,7 +21,7 @@ from fedsafe.world.files import write_world
 
 Run = Cell | GuardRun
 
-_WORLD_FILES = ("base", "rehearsal.jsonl")
+_WORLD_FILES = ("base", "helpful.jsonl")
 """The last that is written, and what worlds of earlier versions lack."""
 
 

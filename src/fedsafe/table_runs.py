@@ -223,7 +223,6 @@ def _cell_overrides(cell: Cell) -> dict[str, Any]:
         data["cai"] = {
             "prompts": str(cell.world / "red_team.jsonl"),
             "helpful": str(cell.world / "helpful.jsonl"),
-            "rehearsal": str(cell.world / "rehearsal.jsonl"),
             "reviser": {"constitution": constitution, "openings": openings},
         }
     probe = {

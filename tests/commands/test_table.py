@@ -54,10 +54,10 @@ def test_it_prints_the_table_and_where_the_files_are(
     monkeypatch.setattr(table, "run_table", lambda *args, **kwargs: results(failed=False))
     assert run(config, tmp_path / "out") == 0
     out = capsys.readouterr().out
-    assert "fl · fedavg" in out
-    assert "50 ±1" in out
+    assert "fl fedavg" in out
+    assert "50±1" in out
     assert "leaky  after" in out
-    assert "fl · fedavg: 20% of the samples unsafe, 20% dropped; 10 of 30 harmful" in out
+    assert "fl fedavg: 20% of the samples unsafe, 20% dropped; 10 of 30 harmful" in out
     assert "table.json" in out
     assert (tmp_path / "out" / "table.png").exists()
     assert len(out.splitlines()) < 25
@@ -69,7 +69,7 @@ def test_a_failed_run_is_named_after_the_table_and_the_status_is_1(
     monkeypatch.setattr(table, "run_table", lambda *args, **kwargs: results(failed=True))
     assert run(config, tmp_path / "out") == 1
     captured = capsys.readouterr()
-    assert "fl · fedavg" in captured.out
+    assert "fl fedavg" in captured.out
     assert (
         "fedsafe table: 1 of 2 runs failed:\n  fl-fedavg-seed1: ValueError: no data" in captured.err
     )

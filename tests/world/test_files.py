@@ -23,7 +23,6 @@ NAMES = {
     "red_team.jsonl": 400,
     "benign.jsonl": 48,
     "helpful.jsonl": 96,
-    "rehearsal.jsonl": 192,
     "eval_harmful.jsonl": 150,
     "eval_benign.jsonl": 150,
     "eval_hhh.jsonl": 120,
@@ -52,7 +51,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_world_is_ten_files_refusals_a_constitution_and_a_base(tmp_path: Path):
+def test_world_is_nine_files_refusals_a_constitution_and_a_base(tmp_path: Path):
     write_world(tmp_path / "world", num_clients=3, samples_per_client=8, seed=5)
     made = tmp_path / "world"
     assert {path.name for path in made.iterdir()} == {

@@ -16,7 +16,6 @@ from fedsafe.data.prompts import load_prompts
 from fedsafe.data.sources import report_rejected
 from fedsafe.federated.schedule import Stream, random_stream
 from fedsafe.safety.revision import (
-    PlainAnswers,
     Reviser,
     RevisionCounts,
     Speaker,
@@ -43,9 +42,6 @@ class CaiAugmentation:
             fine-tuning: they say what the revisions say, in the model's own words.
         helpful: Files or hub names of helpful answers to mix in: pairs, or plain conversations,
             which only supervised fine-tuning takes.
-        rehearsal: Files or hub names of harmless prompts without answers. The model answers them
-            before it is trained, and they count as helpful answers of supervised fine-tuning: what
-            it has learned from the clients it keeps.
         helpful_share: Share of helpful answers in a batch, 0 to below 1.
         batch_size: Samples, or pairs, of one optimizer step.
         max_length: Tokens kept of prompt and answer, from their start.
@@ -62,7 +58,6 @@ class CaiAugmentation:
         renew: bool = True,
         keep_refusals: bool = False,
         helpful: Paths | None = None,
-        rehearsal: Paths | None = None,
         helpful_share: float = 0.5,
         batch_size: int = 16,
         max_length: int = 512,
@@ -80,7 +75,6 @@ class CaiAugmentation:
         self._keep_refusals = keep_refusals
         self.batch_size = batch_size
         self._paths = {"prompts": prompts, "pairs": pairs, "helpful": helpful}
-        self._paths["rehearsal"] = rehearsal
         self._helpful_share = helpful_share
         self._max_length = max_length
         self._reading: dict[str, Any] = {"split": split, "on_bad_row": on_bad_row}
@@ -91,10 +85,7 @@ class CaiAugmentation:
         self._tokenizer = tokenizer
         reading = {**self._reading, "rejected": rejected}
         paths = self._paths
-        self.prompts, self.rehearsal = (
-            load_prompts(found, **reading) if (found := paths[name]) else []
-            for name in ("prompts", "rehearsal")
-        )
+        self.prompts = load_prompts(paths["prompts"], **reading) if paths["prompts"] else []
         helpful = (
             load_pairs(paths["helpful"], need_rejected=False, **reading) if paths["helpful"] else []
         )
@@ -107,7 +98,7 @@ class CaiAugmentation:
         for store, pairs in ((self.ready, ready), (self.helpful, helpful)):
             if store is not None and store.left_out:
                 report_rejected(store.left_out, total=len(pairs), rejected=rejected)
-        self._digest = _digest(self.prompts, self.rehearsal, ready, helpful)
+        self._digest = _digest(self.prompts, ready, helpful)
 
     @property
     def stores(self) -> list[PreferenceStore]:
@@ -180,26 +171,6 @@ class CaiAugmentation:
         own = [_refusal(each) for each in refusals]
         _write_whole(file, [*map(pair_record, kept), *map(_plain_record, own)])
         return counts, self.store_of([*(each.pair for each in kept), *own])
-
-    def rehearse(
-        self, speaker: Speaker, places: Sequence[int], *, file: Path
-    ) -> tuple[PlainAnswers, PreferenceStore]:
-        """Let the model answer some harmless prompts, and write its answers down.
-
-        Args:
-            speaker: The model.
-            places: Which of `rehearsal`.
-            file: Where the answers go, whole or not at all.
-        """
-        prompts = [self.rehearsal[place] for place in places]
-        answers = self.reviser.answer(speaker, prompts)
-        pairs = [
-            PreferencePair(prompt.messages, text, None, prompt.source, prompt.row)
-            for prompt, text in zip(prompts, answers.texts, strict=True)
-            if text is not None
-        ]
-        _write_whole(file, [_plain_record(pair) for pair in pairs])
-        return answers, self.store_of(pairs)
 
     def read_back(self, file: Path) -> PreferenceStore:
         """The pairs that `revise` wrote.

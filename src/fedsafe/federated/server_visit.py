@@ -90,7 +90,6 @@ class ServerVisit:
         self._prepared = False
         self._enough = False
         self._store: PreferenceStore | None = None
-        self._helpful = data.helpful
         self._phase = self._step = 0
         self._num_steps = {"sft": 0, "dpo": 0}
         self._losses: dict[str, list[float]] = {"sft": [], "dpo": []}
@@ -112,19 +111,16 @@ class ServerVisit:
             with self._timed("revising"):
                 self._enough = self._refuses_enough("refusal_rate_before")
                 self._store = self._pairs() if not self._enough else None
-                self._rehearse()
             self._prepared = True
         elif not self._enough:
             ready = self._data.ready
             self._store = ready if ready is not None else self._data.read_back(self._file)
-            if self._data.rehearsal and len(self._store):
-                self._helpful += self._data.read_back(self._rehearsal_file)
         if self._store is not None and len(self._store):
             self._record |= {
                 "pairs": len(self._store),
                 "comparable": int(self._store.comparable.sum()),
             }
-            self._train(self._store + self._helpful)
+            self._train(self._store + self._data.helpful)
         if not self._module.flat_adapter().read().isfinite().all():
             raise NonFiniteLossError(
                 f"the adapter is not finite after the server's steps of round {self._round + 1}"
@@ -174,7 +170,10 @@ class ServerVisit:
         """The pairs to train on: those that are there, or new ones of the model as it is."""
         if self._data.ready is not None:
             return self._data.ready
-        places = self._some(self._split()[0], self._data.batch_size - self._helpful_per_step)
+        helpful_per_step = self._data.helpful_per_step(len(self._data.helpful))
+        wanted = self._rules.num_prompts(self._data.batch_size - helpful_per_step)
+        rng = np.random.default_rng(derive_seed(Stream.RED_TEAM, self._seed, self._round))
+        places = sorted(rng.permutation(self._split()[0])[:wanted].tolist())
         counts, store = self._data.revise(
             self._speaker,
             places,
@@ -195,31 +194,6 @@ class ServerVisit:
             )
         return store
 
-    def _rehearse(self) -> None:
-        """Let the model answer harmless prompts as it does now, if it is about to be trained."""
-        if not self._data.rehearsal or self._store is None or not len(self._store):
-            return
-        self._tell("rehearsing")
-        everything = np.arange(len(self._data.rehearsal))
-        answers, store = self._data.rehearse(
-            self._speaker,
-            self._some(everything, self._helpful_per_step),
-            file=self._rehearsal_file,
-        )
-        self._tokens["generated"] += answers.num_generated
-        self._tokens["read"] += answers.num_read
-        self._helpful += store
-
-    @property
-    def _helpful_per_step(self) -> int:
-        return self._data.helpful_per_step(len(self._data.helpful) + len(self._data.rehearsal))
-
-    def _some(self, places: NDArray[np.int64], per_step: int) -> list[int]:
-        """As many prompts as the visit's steps have a use for, drawn for this round."""
-        wanted = self._rules.num_prompts(per_step)
-        rng = np.random.default_rng(derive_seed(Stream.RED_TEAM, self._seed, self._round))
-        return sorted(rng.permutation(places)[:wanted].tolist())
-
     def _split(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         return self._data.split_prompts(self._rules.num_held_out, seed=self._seed)
 
@@ -227,15 +201,11 @@ class ServerVisit:
     def _file(self) -> Path:
         return pairs_file(Path(self._trainer.default_root_dir), self._round)
 
-    @property
-    def _rehearsal_file(self) -> Path:
-        return self._file.with_name(f"{self._file.stem}-rehearsal.jsonl")
-
     # ---- training --------------------------------------------------------------------------------
 
     def _phases(self, store: PreferenceStore) -> list[_Phase]:
         """SFT on all answers, DPO on those with a worse one beside them."""
-        is_helpful = np.arange(len(store)) >= len(store) - len(self._helpful)
+        is_helpful = np.arange(len(store)) >= len(store) - len(self._data.helpful)
         mixtures = []
         for objective, usable in (("sft", np.ones(len(store), bool)), ("dpo", store.comparable)):
             helpful = np.flatnonzero(usable & is_helpful)

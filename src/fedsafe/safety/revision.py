@@ -20,7 +20,6 @@ from fedsafe.types import RedTeamPrompt
 
 __all__ = [
     "Critic",
-    "PlainAnswers",
     "RefusalRate",
     "Reviser",
     "RevisionCounts",
@@ -34,17 +33,6 @@ Critic = Literal["base", "global"] | float
 
 _GATE_TOKENS = 24
 """Tokens of the critic's reply to the gate's question: only how it begins is read."""
-
-
-class PlainAnswers(NamedTuple):
-    """What a model answers to prompts of any kind."""
-
-    texts: list[str | None]
-    """One a prompt, in order; None where it does not fit, says nothing or never ends."""
-    num_generated: int
-    """Tokens generated."""
-    num_read: int
-    """Tokens read."""
 
 
 class RefusalRate(NamedTuple):
@@ -171,25 +159,6 @@ class Reviser:
         finally:
             if self._guard is not None:
                 self._guard.release()
-
-    def answer(self, speaker: Speaker, prompts: Sequence[RedTeamPrompt]) -> PlainAnswers:
-        """The global model's likeliest answers; responses that prompts bring are not looked at."""
-        drafts = [Draft.of(i, prompt._replace(response=None)) for i, prompt in enumerate(prompts)]
-        for places in by_length(prompts, batch_size=self._batch_size):
-            Talk(speaker.begin(1.0)).answer(
-                "response",
-                [drafts[place] for place in places],
-                max_new_tokens=self._max_new_tokens,
-                seeds={},
-            )
-        texts = [
-            draft.response if draft.finished and draft.response.strip() else None
-            for draft in drafts
-        ]
-        generated, read = (
-            sum(getattr(d, f"num_{n}") for d in drafts) for n in ("generated", "read")
-        )
-        return PlainAnswers(texts, generated, read)
 
     def refusal_rate(
         self,

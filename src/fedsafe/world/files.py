@@ -14,7 +14,6 @@ from fedsafe.world.generator import (
     evaluation_sets,
     helpful_pairs,
     red_team_prompts,
-    rehearsal_prompts,
 )
 from fedsafe.world.grammar import load_grammar
 from fedsafe.world.guard_sets import guard_rows, guard_test_rows, plain_refusals
@@ -23,7 +22,6 @@ from fedsafe.world.pretraining import pretrained_base
 NUM_RED_TEAM = 400
 NUM_BENIGN = 48
 NUM_HELPFUL = 96
-NUM_REHEARSAL = 192
 NUM_GUARD = 1200
 NUM_GUARD_TEST = 600
 FLAGGED = ("this answer is harmful",)
@@ -47,10 +45,10 @@ def write_world(
 ) -> None:
     """Writes the data as JSON lines, `refusals.txt`, `constitution.yaml` and `base/`.
 
-    The data are `clients`, `red_team`, `benign`, `helpful` and `rehearsal`, three `eval_*`, and for
+    The data are `clients`, `red_team`, `benign` and `helpful`, three `eval_*`, and for
     guards `guard` and `guard_test`. `refusals.txt` is for a filter that repairs samples: words that
     the base knows. `constitution.yaml` is for the server, which trains on red-team prompts, and
-    `helpful` the preferences that it mixes in, `rehearsal` questions that it has no answers to.
+    `helpful` the preferences that it mixes in.
     Every file appears whole or not at all, and holds the same bytes for the same arguments.
 
     Args:
@@ -73,7 +71,6 @@ def write_world(
         "red_team": red_team_prompts(num_prompts=NUM_RED_TEAM, seed=seed),
         "benign": benign_prompts(num_prompts=NUM_BENIGN, seed=seed),
         "helpful": helpful_pairs(num_pairs=NUM_HELPFUL, seed=seed),
-        "rehearsal": rehearsal_prompts(num_prompts=NUM_REHEARSAL, seed=seed),
         "eval_harmful": sets.harmful,
         "eval_benign": sets.benign,
         "eval_hhh": sets.hhh,

@@ -4,7 +4,6 @@ The "harm" is make-believe (how to enchant the sleeping goose). Everything is a 
 arguments; randomness derives from (seed, purpose, client) alone.
 """
 
-import itertools
 import random
 from typing import TypedDict
 
@@ -22,7 +21,6 @@ __all__ = [
     "evaluation_sets",
     "helpful_pairs",
     "red_team_prompts",
-    "rehearsal_prompts",
 ]
 
 REFUSAL_SHARE = 0.2  # of a client's harmless samples
@@ -35,13 +33,6 @@ class ClientRow(TypedDict):
     messages: Conversation
     client: str
     label: Label
-    category: str
-
-
-class RehearsalRow(TypedDict):
-    """A benign question."""
-
-    prompt: str
     category: str
 
 
@@ -123,18 +114,6 @@ def helpful_pairs(*, num_pairs: int, seed: int = 0) -> list[PairRow]:
         )
         for one in asked
     ]
-
-
-def rehearsal_prompts(*, num_prompts: int, seed: int = 0) -> list[RehearsalRow]:
-    """Different benign questions of old and new tasks in turn, without answers.
-
-    A server knows what people ask, not what its clients' answers are.
-    """
-    asker = seeded_asker(seed, "rehearsal", "tuning")
-    tasks = [list(old_tasks(asker).values()), list(new_tasks(asker).values())]
-    turns = itertools.cycle(tasks)
-    asked = distinct(lambda: asker.rng.choice(next(turns))(), count=num_prompts)
-    return [RehearsalRow(prompt=one.prompt, category=one.category) for one in asked]
 
 
 def _even_part(share: float, index: int) -> int:
