@@ -120,3 +120,13 @@ def test_revision_throughput_sides_say_the_same() -> None:
     for measured in (figures, figures["per_cpu_second"]):
         assert measured["vs_one_by_one"]["llama"].keys() == {"global", "base"}
         assert all(ratio > 0 for ratio in measured["vs_one_by_one"]["llama"].values())
+
+
+def test_cai_cost_counts_what_the_cheap_regime_saves() -> None:
+    figures = last_line("cai_cost.py", "--pairs", "2000000")  # a hundredth of them: the paper's
+    assert figures["cheap_saves_steps_of_one_epoch"] == pytest.approx(0.96)
+    costs = figures["costs"]
+    assert costs["full"]["steps"] == 50 * 2 * 1250
+    assert costs["cheap"]["steps"] == 50 * 50
+    assert costs["final"]["steps"] == 2 * 1250
+    assert 0.96 < figures["saved"]["cheap"] < 0.99
