@@ -243,6 +243,22 @@ def test_a_conversation_without_a_position_left_has_no_answer(
     assert alone == cut
 
 
+def test_a_conversation_that_the_chat_template_refuses_stops_no_other(
+    base: Model, characters: PreTrainedTokenizerBase
+) -> None:
+    settings = {"max_new_tokens": 5, "seeds": [0, 1]}
+    plain = Dialogues(base, characters).answer(asked("hi", "no"), **settings)
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    characters.chat_template = refusal + characters.chat_template
+    [hi], [no] = asked("hi", "no")
+    dialogues = Dialogues(base, characters)
+    for first in ({"role": "system", "content": "x"}, hi):
+        found = dialogues.answer([[first], [no]], **settings)
+        assert found[1].text == plain[1].text
+        unread = Answer("", 0, 0, finished=False, fits=False, unreadable=True)
+        assert found[0] == (plain[0] if first is hi else unread)
+
+
 def test_no_conversation_that_goes_on_is_no_answer(
     model: Model, characters: PreTrainedTokenizerBase
 ) -> None:

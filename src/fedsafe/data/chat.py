@@ -8,7 +8,8 @@ the answer.
 import functools
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -23,6 +24,10 @@ from fedsafe.types import Conversation, TokenizedConversation
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 Span = tuple[int, int]
+
+
+class RefusedConversationError(ValueError):
+    """The chat template refuses a conversation, a system turn for instance."""
 
 
 class RenderedConversation(NamedTuple):
@@ -66,12 +71,16 @@ def render(
         tokenizer: With a chat template (`ensure_chat_template`).
         messages: The turns.
         add_generation_prompt: Whether to end with the words that make the model answer.
+
+    Raises:
+        RefusedConversationError: If the template refuses the conversation.
     """
-    text = tokenizer.apply_chat_template(
-        cast(list[dict[str, str]], messages),
-        tokenize=False,
-        add_generation_prompt=add_generation_prompt,
-    )
+    with _refusals_named():
+        text = tokenizer.apply_chat_template(
+            cast(list[dict[str, str]], messages),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
     assert isinstance(text, str)
     return text
 
@@ -87,10 +96,7 @@ def render_answers(
     """
     template = tokenizer.get_chat_template()
     find = _tagged_answers if _GENERATION_TAG.search(template) else _prefix_answers
-    try:
-        text, spans = find(tokenizer, messages)
-    except TemplateError as error:
-        raise ValueError(f"the chat template refuses this conversation: {error}") from error
+    text, spans = find(tokenizer, messages)
     answers = [(start, start + len(text[start:end].rstrip())) for start, end in spans]
     _check_answers(text, answers, messages)
     return RenderedConversation(text, answers)
@@ -135,18 +141,29 @@ def tokenize_rendered(
     ]
 
 
+@contextmanager
+def _refusals_named() -> Iterator[None]:
+    try:
+        yield
+    except TemplateError as error:
+        raise RefusedConversationError(
+            f"the chat template refuses this conversation: {error}"
+        ) from error
+
+
 def _tagged_answers(
     tokenizer: PreTrainedTokenizerBase, messages: Conversation
 ) -> tuple[str, list[Span]]:
     # Not apply_chat_template(return_assistant_tokens_mask=True): it looks up the token of a span's
     # first character, finds none where offsets leave a leading space out, and drops the answer.
     options: dict[str, Any] = {**tokenizer.special_tokens_map, "add_generation_prompt": False}
-    rendered: Any = render_jinja_template(
-        conversations=cast(list[list[dict[str, Any]]], [messages]),
-        chat_template=tokenizer.get_chat_template(),
-        return_assistant_tokens_mask=True,
-        **options,
-    )
+    with _refusals_named():
+        rendered: Any = render_jinja_template(
+            conversations=cast(list[list[dict[str, Any]]], [messages]),
+            chat_template=tokenizer.get_chat_template(),
+            return_assistant_tokens_mask=True,
+            **options,
+        )
     (text,), (spans,) = rendered
     return text, spans
 

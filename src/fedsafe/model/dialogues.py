@@ -1,10 +1,12 @@
 """Conversations that a model takes part in, turn after turn, without reading anything twice."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from fedsafe.data.chat import RefusedConversationError, render
 from fedsafe.model.continuation import (
     NOTHING,
     Continuation,
@@ -15,7 +17,7 @@ from fedsafe.model.continuation import (
     num_positions,
 )
 from fedsafe.model.decoding import continue_all
-from fedsafe.model.generation import generating, prompt_ids
+from fedsafe.model.generation import generating, text_ids
 from fedsafe.types import Conversation
 
 
@@ -32,6 +34,8 @@ class Answer(NamedTuple):
     """Whether the model ended it; False where the length limit or the last position did."""
     fits: bool = True
     """False where the conversation left no position for an answer: the text is empty."""
+    unreadable: bool = False
+    """True where the chat template refuses the conversation; it does not fit then either."""
 
 
 class Dialogues:
@@ -72,8 +76,7 @@ class Dialogues:
             ValueError: If the number of conversations or of seeds is not that of the first call.
         """
         self._check_number(len(conversations), len(seeds))
-        going_on = {i: each for i, each in enumerate(conversations) if each is not None}
-        ids = dict(zip(going_on, prompt_ids(self._tokenizer, [*going_on.values()]), strict=True))
+        ids = self._readable(conversations)
         positions = num_positions(self._model)
         fitting = [place for place in ids if len(ids[place]) < positions]
         with generating(self._model):
@@ -88,13 +91,24 @@ class Dialogues:
         said = dict(zip(fitting, found, strict=True))
         self._memories = {place: each.memory for place, each in said.items()}
         return [
-            self._answer(said.get(place)) if place in going_on else None
-            for place in range(len(conversations))
+            None
+            if conversation is None
+            else self._answer(said.get(place), unreadable=place not in ids)
+            for place, conversation in enumerate(conversations)
         ]
 
-    def _answer(self, said: Continuation | None) -> Answer:
+    def _readable(self, conversations: Sequence[Conversation | None]) -> dict[int, list[int]]:
+        """Token ids of those that go on and that the chat template does not refuse."""
+        texts: dict[int, str] = {}
+        for place, conversation in enumerate(conversations):
+            if conversation is not None:
+                with suppress(RefusedConversationError):
+                    texts[place] = render(self._tokenizer, conversation, add_generation_prompt=True)
+        return dict(zip(texts, text_ids(self._tokenizer, [*texts.values()]), strict=True))
+
+    def _answer(self, said: Continuation | None, *, unreadable: bool) -> Answer:
         if said is None:
-            return Answer("", 0, 0, finished=False, fits=False)
+            return Answer("", 0, 0, finished=False, fits=False, unreadable=unreadable)
         text = str(self._tokenizer.decode(said.ids, skip_special_tokens=True)).strip()
         return Answer(text, len(said.ids), said.num_read, said.finished)
 

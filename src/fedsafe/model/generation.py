@@ -40,7 +40,8 @@ def generate_answers(
         One answer a conversation, in order, without special tokens.
 
     Raises:
-        ValueError: If a prompt alone is longer than the model can read.
+        ValueError: If a prompt alone is longer than the model can read, or the chat template
+            refuses a conversation.
     """
     prompts = [
         Prompt(ids, (seed, place)) for place, ids in enumerate(prompt_ids(tokenizer, conversations))
@@ -110,9 +111,15 @@ def prompt_ids(
     tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation]
 ) -> list[list[int]]:
     """Token ids of conversations up to the words that make the model answer."""
-    if not conversations:  # a tokenizer does not take none
+    return text_ids(
+        tokenizer, [render(tokenizer, each, add_generation_prompt=True) for each in conversations]
+    )
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of rendered texts, which hold the special tokens."""
+    if not texts:  # a tokenizer does not take none
         return []
-    texts = [render(tokenizer, each, add_generation_prompt=True) for each in conversations]
     ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
