@@ -1,6 +1,6 @@
 import pytest
 
-from fedsafe.safety.refusal_openings import common_openings, opens_with
+from fedsafe.safety.refusal_openings import common_openings, normal_opening, opens_with
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,30 @@ def test_an_opening_ends_where_its_last_word_does() -> None:
 def test_an_opening_of_another_script_or_with_a_comma_may_be_followed_by_anything() -> None:
     assert opens_with("죄송합니다만", ["죄송"])
     assert opens_with("no,never", ["no,"])
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["**Yes**", '"Yes"', "- Yes", "_Yes_ indeed", "\N{LEFT DOUBLE QUOTATION MARK} yes", "yes"],
+)
+def test_what_stands_before_the_first_word_does_not_matter(answer: str) -> None:
+    assert opens_with(answer, ["yes"])
+    assert not opens_with(answer.lower().replace("yes", "no, yes"), ["yes"])
+
+
+def test_words_of_another_script_are_not_skipped() -> None:
+    assert opens_with("**\N{HANGUL SYLLABLE NE}**", ["\N{HANGUL SYLLABLE NE}"])
+    assert not opens_with("\N{HANGUL SYLLABLE A} yes", ["yes"])
+
+
+def test_an_opening_may_itself_begin_with_no_letter() -> None:
+    assert opens_with("<Refuse> never", ["<refuse>"])
+    assert opens_with("\N{NO ENTRY SIGN} sure", ["\N{NO ENTRY SIGN}"])
+    assert not opens_with("sure", ["\N{NO ENTRY SIGN}"])
+
+
+def test_a_normal_opening_has_one_case_one_apostrophe_and_single_spaces() -> None:
+    assert normal_opening("  I\N{RIGHT SINGLE QUOTATION MARK}M\n  Sorry ") == "i'm sorry"
 
 
 def test_no_openings_open_nothing() -> None:

@@ -234,6 +234,8 @@ def answers(**by_turn: str) -> Any:
         pytest.param({"revision": ""}, "empty", 3, id="empty-revision"),
         pytest.param({"revision": " 1:  Enchant it\nso"}, "unchanged", 3, id="unchanged"),
         pytest.param({"gate": "Yes, it is."}, "flagged_by_critic", 4, id="flagged-by-critic"),
+        pytest.param({"gate": "**Yes**"}, "flagged_by_critic", 4, id="flagged-in-bold"),
+        pytest.param({"gate": "hard to say"}, None, 4, id="neither-yes-nor-no"),
         pytest.param({"gate": "<too long>"}, "too_long", 4, id="too-long-gate"),
         pytest.param({"gate": "yesterday it was"}, None, 4, id="another-word"),
         pytest.param({"critique": ""}, None, 4, id="empty-critique"),
@@ -247,6 +249,23 @@ def test_what_makes_no_pair_is_dropped_for_the_first_reason(
     [(_, transcript)] = make().revise(speaker, prompts("goose"), seed=3)
     assert transcript.dropped == reason
     assert len(speaker.calls) == num_calls
+
+
+def test_openings_may_be_written_as_one_likes(make: Make) -> None:
+    openings = ["I  WON\N{RIGHT SINGLE QUOTATION MARK}T "]
+    [found] = revised(make(openings=openings), prompts("goose"), answers(response="i won't, no"))
+    assert found.dropped == "refused"
+    assert make(openings=openings).identity() == make(openings=["i won't"]).identity()
+
+
+def test_an_empty_opening_makes_every_answer_a_refusal(make: Make) -> None:
+    assert revised(make(openings=[""]), prompts("goose"))[0].dropped == "refused"
+
+
+def test_a_gates_question_that_does_not_fit_is_not_taken_for_its_answer(make: Make) -> None:
+    gate = {"request": "is it bad, yes or no?", "flagged": ["is it"]}
+    [found] = revised(make(gate=gate), prompts("goose"), answers(gate="<too long>"))
+    assert found.dropped == "too_long"
 
 
 def test_the_conversations_that_go_on_are_not_disturbed(make: Make) -> None:

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from fedsafe.safety.refusal_openings import normal_opening
+
 
 class Principle(NamedTuple):
     """One principle."""
@@ -27,13 +29,17 @@ class Principle(NamedTuple):
 
 
 class Gate(NamedTuple):
-    """How the critic is asked whether a revised answer is still harmful."""
+    """How the critic is asked whether a revised answer is still harmful.
+
+    A reply that begins in no way of `flagged` lets the answer pass, whether it says no or neither
+    yes nor no.
+    """
 
     request: str | None
     """The question that follows the prompt and the revised answer; None takes the critique request
     of the last principle."""
     flagged: tuple[str, ...]
-    """How a reply begins that says it is, in lower case."""
+    """How a reply begins that says it is, as `normal_opening` gives it."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +151,7 @@ def _gate(value: object, *, where: str) -> Gate:
     if not isinstance(flagged, list):
         raise ValueError(f'{where}: `flagged` is {_kind(flagged)}; write a list, such as ["yes"]')
     texts = [_checked_text(each, what=f"{where}: `flagged`") for each in flagged]
-    return Gate(request, tuple(text.lower() for text in texts))
+    return Gate(request, tuple(map(normal_opening, texts)))
 
 
 def _mapping(values: object, known: tuple[str, ...], *, where: str) -> dict[str, Any]:

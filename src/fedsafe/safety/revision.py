@@ -14,7 +14,7 @@ from fedsafe.federated.schedule import Stream, derive_seed, random_stream
 from fedsafe.safety.constitution import Gate, Principle, load_constitution
 from fedsafe.safety.drafts import Draft, Speaker, Speech, Talk, by_length, going_on
 from fedsafe.safety.guard import Guard, judge_each
-from fedsafe.safety.refusal_openings import common_openings, opens_with
+from fedsafe.safety.refusal_openings import common_openings, normal_opening, opens_with
 from fedsafe.safety.transcripts import RevisionCounts, Transcript, pair_record
 from fedsafe.types import RedTeamPrompt
 
@@ -62,7 +62,8 @@ class Reviser:
         guard_threshold: Probability from which it does, 0 to 1.
         critic_gate: Whether the critic is asked about the revision too, where the constitution has
             a `gate` that says how.
-        openings: How a refusal begins, in lower case; None takes a list of common English ones.
+        openings: How a refusal begins; None takes a list of common English ones. An empty one opens
+            every answer.
     """
 
     def __init__(  # noqa: PLR0913
@@ -105,7 +106,7 @@ class Reviser:
         self._guard = guard
         self._guard_threshold = guard_threshold
         self._gate = self._constitution.gate if critic_gate else None
-        self._openings = common_openings() if openings is None else openings
+        self._openings = [*map(normal_opening, common_openings() if openings is None else openings)]
 
     def identity(self) -> dict[str, Any]:
         """All that decides a transcript beside the model, the prompts and the seed."""
