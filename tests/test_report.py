@@ -104,6 +104,7 @@ def test_a_line_tells_what_each_filter_did(counts: dict[str, float], line: str) 
 
 def cai_costs(**values: float) -> dict[str, float]:
     costs = {"visits": 15.0, "asked": 400.0, "kept": 300.0, "sft_steps": 120.0, "dpo_steps": 60.0}
+    costs["pairs"] = 300.0
     costs |= {f"tokens_{name}": 20_000.0 for name in ("generated", "read", "trained")}
     return costs | {"seconds": 9.5, "seconds_revising": 6.2, "seconds_training": 3.3} | values
 
@@ -124,10 +125,11 @@ def test_without_constitutional_training_there_is_no_table_of_it() -> None:
 
 
 def test_the_summary_tells_what_constitutional_training_did() -> None:
-    visit = {"sft_steps": 4, "dpo_steps": 2, "asked": 12, "kept": 7, "seconds": 1.25}
+    visit = {"sft_steps": 4, "dpo_steps": 2, "pairs": 7, "tokens_read": 1200, "seconds": 1.25}
     rows = [round_row(1, cai=visit), round_row(2, cai={"sft_steps": 0, "dpo_steps": 0})]
     text = " ".join(rendered(summary_table(rows, Path("runs/x")), width=200).split())
-    assert "trained after 1 of 2 rounds on 7 revised answers to 12 prompts: 4 + 2 steps" in text
+    assert "trained after 1 of 2 rounds on 7 pairs: 4 + 2 steps" in text
+    assert "1,200 tokens" in text
     assert "constitution" not in rendered(summary_table([round_row(1)], Path("runs/x")))
 
 

@@ -160,7 +160,8 @@ def test_behind_a_filter_that_keeps_all_harm_is_left(folder: Path, fits: Fits) -
 def test_a_constitutional_cell_is_given_its_worlds_data_and_counts_what_it_cost(
     folder: Path, fits: Fits
 ) -> None:
-    cell = cell_of(folder, Row("fl_cai", "fedavg", ("tiny.yaml",), cai=True))
+    Path("cai.yaml").write_text("data: {cai: {batch_size: 8}}")
+    cell = cell_of(folder, Row("fl_cai", "fedavg", ("tiny.yaml", "cai.yaml")))
     costs = run_cell(cell, fits)["cai"]
     assert (costs["visits"], costs["sft_steps"], costs["kept"]) == (2, 6, 10)
     assert costs["seconds"] == 3.0

@@ -160,10 +160,11 @@ def summary_table(
 
 def _cai_line(costs: dict[str, float], *, num_rounds: int) -> str:
     """Constitutional training in one line."""
+    tokens = sum(costs[f"tokens_{name}"] for name in ("generated", "read", "trained"))
     return (
-        f"trained after {costs['visits']:,} of {num_rounds} rounds on {costs['kept']:,} revised "
-        f"answers to {costs['asked']:,} prompts: {costs['sft_steps']:,} + {costs['dpo_steps']:,} "
-        f"steps (SFT + DPO), {costs['seconds']:,.1f} s"
+        f"trained after {costs['visits']:,} of {num_rounds} rounds on {costs['pairs']:,} pairs: "
+        f"{costs['sft_steps']:,} + {costs['dpo_steps']:,} steps (SFT + DPO), {tokens:,} tokens, "
+        f"{costs['seconds']:,.1f} s"
     )
 
 
@@ -225,7 +226,7 @@ def cai_table(summary: Sequence[dict[str, Any]]) -> Table | None:
             _name_of(row),
             *(f"{row['metrics'][name]['mean']:.1f}" for name in ("refusal_rate", "help_rate")),
             f"{costs['seconds']:.1f}",
-            *(f"{costs[name]:.0f}" for name in ("visits", "kept")),
+            *(f"{costs[name]:.0f}" for name in ("visits", "pairs")),
             "+".join(f"{costs[name]:.0f}" for name in ("sft_steps", "dpo_steps")),
             f"{tokens / 1000:,.0f}",
         )

@@ -50,8 +50,6 @@ class Row:
         configs: Configuration files of `fedsafe fit`, later over earlier; none is the base alone.
         harm_share: Share of harmful stand-ins in the clients' data, 0 to 1.
         guard: Name of the table's guard that filters the clients' data; None filters nothing.
-        cai: Whether the configurations have constitutional training (`data.cai`), which takes its
-            prompts and helpful answers from the row's world.
     """
 
     method: str
@@ -59,7 +57,12 @@ class Row:
     configs: tuple[str, ...] = ()
     harm_share: float = 0.2
     guard: str | None = None
-    cai: bool = False
+
+    @property
+    def has_cai(self) -> bool:
+        """Whether its configurations have constitutional training, whose data are its world's."""
+        settings = [yaml.safe_load(Path(config).read_text()) or {} for config in self.configs]
+        return any((each.get("data") or {}).get("cai") for each in settings)
 
 
 @dataclass
@@ -206,7 +209,7 @@ def _train_and_evaluate(cell: Cell, fit: Fit) -> dict[str, Any]:
     result: dict[str, Any] = {"metrics": evaluate(adapted, tokenizer, seed=cell.seed)}
     if cell.guard is not None:
         result["filter"] = _filter_counts(run_dir / "filter.json")
-    if cell.row.cai:
+    if cell.row.has_cai:
         result["cai"] = cai_costs(RoundLog(run_dir / "rounds.jsonl").read())
     return result
 
@@ -218,7 +221,7 @@ def _cell_overrides(cell: Cell) -> dict[str, Any]:
         settings = _guard_settings(cell.guard)
         data["filter"] = {"guard": {"class_path": _GUARD_CLASS, "init_args": settings}}
     openings = list(load_grammar().refusal_openings)
-    if cell.row.cai:
+    if cell.row.has_cai:
         constitution = str(cell.world / "constitution.yaml")
         data["cai"] = {
             "prompts": str(cell.world / "red_team.jsonl"),

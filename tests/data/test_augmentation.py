@@ -118,6 +118,38 @@ def test_refusals_are_kept_where_that_is_asked_for(
     assert again.comparable.tolist() == store.comparable.tolist()
 
 
+def test_refusals_that_were_cut_off_or_given_are_not_the_models_own(
+    tokenizer: PreTrainedTokenizerBase,
+    reviser: Reviser,
+    write: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": "deed 0"}, {"prompt": "deed 1"}, {"prompt": "deed 9"}]
+    rows.append({"prompt": "deed 4", "response": "i cannot help"})
+    given = write("given", rows)
+    cai = loaded(tokenizer, prompts=given, reviser=reviser, keep_refusals=True)
+
+    def cut(scale: float, conversation: Conversation, seed: int) -> str:
+        first_turn = len(conversation) == 1
+        if first_turn and conversation[0]["content"] == "deed 9":
+            return "i cannot help but ..."
+        return say(scale, conversation, seed)
+
+    speaker, file = ScriptedSpeaker(cut), tmp_path / "pairs.jsonl"
+    settings: dict[str, Any] = {"seed": 0, "file": file, "on_progress": lambda *_: None}
+    counts, store = cai.revise(speaker, [0, 1, 2, 3], **settings)
+    assert (counts.kept, counts.dropped["refused"]) == (1, 3)
+    assert store.comparable.tolist() == [True, False]  # deed 1 alone is refused and whole
+
+
+def test_ready_pairs_of_which_none_is_left_are_an_error(
+    tokenizer: PreTrainedTokenizerBase, write: Callable[..., str]
+) -> None:
+    pairs = write("pairs", [{"prompt": "long " * 50, "chosen": "no", "rejected": "yes"}])
+    with pytest.raises(ValueError, match=r"none of 1 pairs can be trained on: no answer token"):
+        loaded(tokenizer, pairs=pairs, max_length=16)
+
+
 def test_refusals_alone_are_nothing_to_train_on(
     tokenizer: PreTrainedTokenizerBase, prompts: str, reviser: Reviser, tmp_path: Path
 ) -> None:

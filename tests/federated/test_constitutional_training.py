@@ -26,6 +26,7 @@ def mixture(
         pytest.param({"sft_learning_rate": -1.0}, "sft_learning_rate is -1.0; give", id="sft rate"),
         pytest.param({"dpo_learning_rate": 0.0}, "dpo_learning_rate is 0.0; give", id="dpo rate"),
         pytest.param({"nll_weight": -0.1}, "nll_weight is -0.1; give 0 or more", id="nll weight"),
+        pytest.param({"nll_weight": float("nan")}, "nll_weight is nan; give", id="nan nll weight"),
         pytest.param({"warmup_steps": -1}, "warmup_steps is -1; give 0 or more", id="warm-up"),
         pytest.param({"max_passes": 0}, "max_passes is 0; give 1 or more", id="passes"),
         pytest.param({"num_probe": 0}, "num_probe is 0; give 1 or more", id="probe"),

@@ -38,8 +38,8 @@ class CaiAugmentation:
         reviser: How the model revises itself.
         renew: Whether pairs are made in each round, by the global model of that round; False makes
             them once, by the model that training starts from.
-        keep_refusals: Whether first answers that refuse already are trained on too, by supervised
-            fine-tuning: they say what the revisions say, in the model's own words.
+        keep_refusals: Whether the model's first answers that refuse already, and are whole, are
+            trained on too, by supervised fine-tuning. No gate sees them.
         helpful: Files or hub names of helpful answers to mix in: pairs, or plain conversations,
             which only supervised fine-tuning takes.
         helpful_share: Share of helpful answers in a batch, 0 to below 1.
@@ -70,6 +70,8 @@ class CaiAugmentation:
             raise ValueError(f"helpful_share is {helpful_share}; give 0 to below 1")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; give 1 or more")
+        if max_length < 2:
+            raise ValueError(f"max_length is {max_length}; give 2 or more")
         self.reviser = reviser if reviser is not None else Reviser()
         self.renew = renew
         self._keep_refusals = keep_refusals
@@ -94,6 +96,9 @@ class CaiAugmentation:
         ready = load_pairs(paths["pairs"], need_rejected=True, **reading) if paths["pairs"] else []
         if ready:
             self.ready = self.store_of(ready)
+            if not len(self.ready):
+                reason = self.ready.left_out[0].reason
+                raise ValueError(f"none of {len(ready)} pairs can be trained on: {reason}")
         self.helpful = self.store_of(helpful)
         for store, pairs in ((self.ready, ready), (self.helpful, helpful)):
             if store is not None and store.left_out:
@@ -165,7 +170,7 @@ class CaiAugmentation:
         ordered = [transcripts[place] for place in sorted(transcripts)]
         counts = RevisionCounts.of(ordered)
         kept = [each for each in ordered if each.dropped is None]
-        refusals = [each for each in ordered if each.dropped == "refused"]
+        refusals = [each for each in ordered if _is_own_refusal(each)]
         if not self._keep_refusals or not kept:
             refusals = []
         own = [_refusal(each) for each in refusals]
@@ -195,13 +200,19 @@ class CaiAugmentation:
         """The settings that a resumed run must share with the run it resumes."""
         return {
             "data.cai.samples": self._digest,
-            "data.cai.reviser": self.reviser.identity() if self.makes_pairs else None,
+            "data.cai.reviser": self.reviser.identity(),
             "data.cai.renew": self.renew,
             "data.cai.keep_refusals": self._keep_refusals,
             "data.cai.helpful_share": self._helpful_share,
             "data.cai.batch_size": self.batch_size,
             "data.cai.max_length": self._max_length,
         }
+
+
+def _is_own_refusal(transcript: Transcript) -> bool:
+    """Whether the model itself refused, in a whole answer."""
+    whole = "response" not in transcript.cut_off
+    return transcript.dropped == "refused" and whole and transcript.prompt.response is None
 
 
 def _refusal(transcript: Transcript) -> PreferencePair:

@@ -272,6 +272,8 @@ class FederatedDataModule(LightningDataModule):
         self._tokenizer = self._make_tokenizer(
             turn["content"] for row in samples for turn in row["messages"]
         )
+        if self.cai is not None:
+            self.cai.load(self.tokenizer, rejected=rejected)
         tokens = self._tokenize(samples)
         train, self._validation = validation_split(
             len(tokens), share=self.validation_share, seed=self.seed
@@ -279,8 +281,6 @@ class FederatedDataModule(LightningDataModule):
         self._partition = self._split(tokens, train)
         if self.filter is not None:
             tokens = self._apply(self.filter, samples, tokens)
-        if self.cai is not None:
-            self.cai.load(self.tokenizer, rejected=rejected)
         self._labels = tokens["label"]
         self._store = TokenStore(tokens)
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedsafe.data.chat import RenderedConversation, render_answers, tokenize_rendered
 from fedsafe.data.packing import Pack, PreferenceBatch, SupervisedBatch, pack, split_by_budget
-from fedsafe.data.sources import Rejected
+from fedsafe.data.sources import Rejected, place_of
 from fedsafe.types import Conversation, PreferencePair, Turn
 
 _RENDERED_TOGETHER = 256
@@ -57,6 +57,7 @@ class PreferenceStore:
         self._num_pairs = len(pairs)
         self._chosen: list[Tokens] = []
         self._rejected: list[Tokens | None] = []
+        self._places: list[str] = []
         usable = []
         too_long = f"no answer token within max_length {max_length}; raise max_length"
         for number, chosen, rejected in _tokenized(pairs, tokenizer, max_length=max_length):
@@ -65,6 +66,7 @@ class PreferenceStore:
                 self.left_out.append(Rejected(pairs[number].source, pairs[number].row, reason))
                 continue
             usable.append(number)
+            self._places.append(place_of(pairs[number].source, pairs[number].row))
             self._chosen.append(chosen)
             self._rejected.append(_worse(rejected, chosen))
         self.usable = np.array(usable, dtype=np.int64)
@@ -82,6 +84,7 @@ class PreferenceStore:
         both = copy(self)
         both._chosen = self._chosen + other._chosen
         both._rejected = self._rejected + other._rejected
+        both._places = self._places + other._places
         both._num_pairs = self._num_pairs + other._num_pairs
         both.usable = np.concatenate([self.usable, self._num_pairs + other.usable])
         both.comparable = np.concatenate([self.comparable, other.comparable])
@@ -89,6 +92,10 @@ class PreferenceStore:
         both.longest = max(self.longest, other.longest)
         both.largest_id = max(self.largest_id, other.largest_id)
         return both
+
+    def named(self, indices: Sequence[int]) -> str:
+        """Where these pairs came from, for an error message."""
+        return "; ".join(self._places[i] for i in indices)
 
     def supervised(self, indices: Sequence[int], *, num_parts: int = 1) -> list[SupervisedBatch]:
         """One optimizer step on chosen answers, in up to `num_parts` packs."""

@@ -82,7 +82,8 @@ def load_samples(
 
     Args:
         paths: Files (.jsonl, .jsonl.gz, .json, .csv, .parquet), or else a dataset folder or hub
-            name that `datasets.load_dataset` takes; one or several.
+            name that `datasets.load_dataset` takes, with `:folder` for a part of it; one or
+            several.
         split: Split to take of a dataset folder or hub name.
         on_bad_row: `error` stops at rows that cannot be used and lists them; `skip` leaves them
             out and warns of their number.
@@ -282,8 +283,9 @@ def _cached(read: Callable[[], Iterable[Row]], *, source: str, content: str) -> 
 def _load_hub(name: str, *, split: str) -> datasets.Dataset:
     if Path(name).is_file():
         raise ValueError(f"{name} has an unknown file type; known are {', '.join(READERS)}")
+    hub_name, _, folder = name.partition(":")
     try:
-        rows = datasets.load_dataset(name, split=split)
+        rows = datasets.load_dataset(hub_name, data_dir=folder or None, split=split)
     except (OSError, ValueError, DatasetsError) as error:
         raise ValueError(
             f"cannot load split {split!r} of {name!r}: {error}; give a hub name, a dataset folder, "

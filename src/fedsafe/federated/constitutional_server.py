@@ -9,7 +9,7 @@ from lightning import Trainer
 from fedsafe.data.augmentation import CaiAugmentation
 from fedsafe.federated.constitutional_training import ConstitutionalTraining
 from fedsafe.federated.schedule import Stream, derive_seed
-from fedsafe.federated.server_visit import ServerVisit, pairs_file
+from fedsafe.federated.server_visit import ServerVisit, pairs_file, warn_of_nothing
 from fedsafe.model.module import LoraLM
 from fedsafe.safety.model_speaker import ModelSpeaker
 
@@ -41,8 +41,8 @@ class ConstitutionalServer:
         self._seed = seed
         data.split_prompts(rules.num_held_out, seed=seed)  # refuses too few, before anything is run
 
-    def begin(self, round_: int, saved: dict[str, Any] | None) -> ServerVisit:
-        """The visit of a round (from 0), as a checkpoint inside it left it."""
+    def begin(self, round_: int, resumed: dict[str, Any] | None) -> ServerVisit:
+        """The visit of a round (from 0); of a run that is resumed, as its checkpoint left it."""
         visit = ServerVisit(
             self._rules,
             self._data,
@@ -51,8 +51,8 @@ class ConstitutionalServer:
             round_=round_,
             seed=self._seed,
         )
-        if saved is not None:
-            visit.load_state_dict(saved)
+        if resumed is not None and resumed["server_visit"] is not None:
+            visit.load_state_dict(resumed["server_visit"])
         return visit
 
     def start(self, resumed: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -81,11 +81,13 @@ class ConstitutionalServer:
         counts, self._data.ready = self._data.revise(
             ModelSpeaker(self._module.peft_model, self._data.tokenizer),
             places.tolist(),
-            seed=derive_seed(Stream.RED_TEAM, self._seed),
+            seed=derive_seed(Stream.REVISION, self._seed),
             file=self._file,
             on_progress=lambda *_: None,
         )
-        return {**counts.as_dict(), "seconds": round(time.perf_counter() - started, 3)}
+        warn_of_nothing(counts, self._data.ready, when="before training")
+        seconds = round(time.perf_counter() - started, 3)
+        return {**counts.as_dict(), "seconds_revising": seconds, "seconds": seconds}
 
     @property
     def _file(self) -> Path:

@@ -65,7 +65,7 @@ class ConstitutionalTraining:
     """Trains the global adapter on its own revised answers, after the clients' average.
 
     Supervised fine-tuning on the revised responses comes first, direct preference optimisation
-    (chosen: revised, rejected: red) second.
+    (chosen: revised, rejected: red) second. Optimizer, weight decay and clipping are the clients'.
 
     Args:
         regime: `cheap`, a number of iterations in every round (the paper); `full`, all pairs in
@@ -116,7 +116,9 @@ class ConstitutionalTraining:
             raise ValueError(f"dpo_share is {dpo_share}; give 0 to 1")
         if not 0 <= refusal_floor <= 100:
             raise ValueError(f"refusal_floor is {refusal_floor}; give percent, 0 to 100")
-        _refuse_low(0, iterations=iterations, warmup_steps=warmup_steps, nll_weight=nll_weight)
+        _refuse_low(0, iterations=iterations, warmup_steps=warmup_steps)
+        if not 0 <= nll_weight < math.inf:
+            raise ValueError(f"nll_weight is {nll_weight}; give 0 or more")
         _refuse_low(1, prompts_per_visit=prompts_per_visit, max_passes=max_passes)
         _refuse_low(1, num_probe=num_probe, probe_every=probe_every)
         for name, value in (

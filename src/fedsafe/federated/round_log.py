@@ -10,6 +10,7 @@ from typing import Any
 _CAI_TOTALS = (
     "asked",
     "kept",
+    "pairs",
     "sft_steps",
     "dpo_steps",
     "tokens_generated",

@@ -32,7 +32,7 @@ from fedsafe.federated.server import Server
 from fedsafe.federated.server_optimizer import FedAvg, ServerOptimizer
 from fedsafe.federated.server_visit import NonFiniteLossError, ServerVisit
 from fedsafe.federated.trainer_settings import check_trainer
-from fedsafe.model.module import LoraLM, refuse_difference
+from fedsafe.model.module import LoraLM, numbers_of, refuse_difference
 
 
 class FederatedRounds(RoundEvaluation):
@@ -45,8 +45,8 @@ class FederatedRounds(RoundEvaluation):
         local_steps: Optimizer steps of a visit; give this or `local_epochs`.
         local_epochs: Passes over a client's samples in a visit.
         mode: `federated`; `local` never averages, each client goes on alone; `central` puts all
-            samples in one client, whose optimizer is kept, with as many steps a round as the
-            federation takes on average.
+            samples in one client, whose optimizer is kept unless the server trains in between, with
+            as many steps a round as the federation takes on average.
         weighting: What a client's weight in the mean is: its samples, its answer tokens, or 1.
         server_optimizer: What the server does with the clients' mean.
         client_drift: Correction of local gradients against client drift; None is none.
@@ -122,7 +122,8 @@ class FederatedRounds(RoundEvaluation):
                 self._adapter, trainer.optimizers[0], self.server.correction_for(client)
             )
         if batch.key.starts_visit:
-            goes_on = self.mode == "central" and batch.key.round > 0 and self.cai is None
+            alone = self._schedule.server_visits != "every"  # no server trained in between
+            goes_on = self.mode == "central" and batch.key.round > 0 and alone
             self._local.begin(self.server.start_of(client), fresh_optimizer=not goes_on)
         elif self._resumed is not None:
             self._local.load_state_dict(self._resumed["local"])
@@ -176,9 +177,8 @@ class FederatedRounds(RoundEvaluation):
 
     def _visit_server(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Train the average on revised answers, or go on where a checkpoint left off."""
-        saved = self._resumed["server_visit"] if self._resumed is not None else None
+        saved, self._resumed = self._resumed, None
         self._server_visit = self._constitutional.begin(self._round, saved)
-        self._resumed = None
         try:
             record = self._server_visit.run()
         except NonFiniteLossError as error:
@@ -186,11 +186,13 @@ class FederatedRounds(RoundEvaluation):
             self._save_adapters(trainer, pl_module)
             raise ValueError(
                 f"{error}; adapter/ holds the average of the round's clients. Lower the learning "
-                "rates of federated.cai and resume"
+                "rates of federated.cai, and resume or start anew"
             ) from error
         self._server_visit = None
-        self._record |= {"cai": record}
-        self.server.adapter = self._adapter.read()
+        trained = self._adapter.read()
+        change = (trained - self.server.adapter).norm().item()
+        self._record |= {"cai": {**record, "update_norm": change}}
+        self.server.adapter = trained
 
     def _end_round(self) -> None:
         record, self._record = self._record, {}
@@ -321,6 +323,7 @@ class FederatedRounds(RoundEvaluation):
 
     def state_dict(self) -> dict[str, Any]:
         """The server, and where the run stands."""
+        visit = self._server_visit
         return {
             "identity": self._identity(),
             "rules_of_round": self._rules_of_round(),
@@ -328,11 +331,11 @@ class FederatedRounds(RoundEvaluation):
             "batches_done": self._batches_done,
             "server": self.server.state_dict(),
             "local": self._local.state_dict() if self._local is not None else None,
-            "server_visit": self._server_visit and self._server_visit.state_dict(),
+            "server_visit": visit.state_dict() if visit is not None else None,
             "record": self._record,
             "pairs_before": self._pairs_before,
             "row": self._row,
-            "elapsed": self._elapsed,
+            "elapsed": self._elapsed + (visit.seconds if visit is not None else 0.0),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -370,9 +373,9 @@ class FederatedRounds(RoundEvaluation):
         return {
             "trainer.accumulate_grad_batches": self._schedule.num_micro,
             "federated.failure_probability": self.failure_probability,
-            **_numbers_of("server_optimizer", self.server_optimizer),
-            **_numbers_of("client_drift", self.client_drift),
-            **_numbers_of("cai", self.cai),
+            **numbers_of("server_optimizer", self.server_optimizer),
+            **numbers_of("client_drift", self.client_drift),
+            **numbers_of("cai", self.cai),
         }
 
     # ---- files -----------------------------------------------------------------------------------
@@ -392,9 +395,3 @@ class FederatedRounds(RoundEvaluation):
                 self._adapter.write(self.server.start_of(visit.client))
                 name = client_folder(visit.client, self._partition.names[visit.client])
                 save(folder=run_dir / "adapters" / name)
-
-
-def _numbers_of(name: str, rule: object) -> dict[str, float]:
-    """The numbers that a rule was made with."""
-    settings = vars(rule).items() if rule is not None else ()
-    return {f"{name}.{key}": value for key, value in settings if isinstance(value, int | float)}

@@ -36,6 +36,8 @@ class Stream(IntEnum):
     PRINCIPLE = 7
     SPEECH = 8
     SERVER_DROPOUT = 9
+    REVISION = 10
+    PROBE = 11
 
 
 def random_stream(stream: Stream, *key: int) -> np.random.Generator:

@@ -24,18 +24,17 @@ from torch import Tensor
 
 from fedsafe.data.augmentation import CaiAugmentation
 from fedsafe.data.preferences import PreferenceStore
-from fedsafe.federated.constitutional_training import ConstitutionalTraining, Mixture
-from fedsafe.federated.schedule import Stream, derive_seed
+from fedsafe.federated.constitutional_training import ConstitutionalTraining, Mixture, Objective
+from fedsafe.federated.schedule import Stream, derive_seed, random_stream
 from fedsafe.federated.server_listener import ServerVisitListener
 from fedsafe.model.module import LoraLM
 from fedsafe.safety.model_speaker import ModelSpeaker
+from fedsafe.safety.transcripts import RevisionCounts
 
 _STATE = (
     "record",
     "tokens",
     "seconds",
-    "prepared",
-    "enough",
     "phase",
     "step",
     "num_steps",
@@ -87,9 +86,8 @@ class ServerVisit:
         self._record: dict[str, Any] = {"regime": rules.regime}
         self._tokens = {"generated": 0, "read": 0, "trained": 0}
         self._seconds = {"revising": 0.0, "training": 0.0}
-        self._prepared = False
+        self._goes_on = False
         self._enough = False
-        self._store: PreferenceStore | None = None
         self._phase = self._step = 0
         self._num_steps = {"sft": 0, "dpo": 0}
         self._losses: dict[str, list[float]] = {"sft": [], "dpo": []}
@@ -105,26 +103,15 @@ class ServerVisit:
             What was done and what it cost, for the round's record.
 
         Raises:
-            NonFiniteLossError: If a loss is not finite.
+            NonFiniteLossError: If a loss, or the adapter after a step, is not finite.
         """
-        if not self._prepared:
-            with self._timed("revising"):
-                self._enough = self._refuses_enough("refusal_rate_before")
-                self._store = self._pairs() if not self._enough else None
-            self._prepared = True
-        elif not self._enough:
-            ready = self._data.ready
-            self._store = ready if ready is not None else self._data.read_back(self._file)
-        if self._store is not None and len(self._store):
-            self._record |= {
-                "pairs": len(self._store),
-                "comparable": int(self._store.comparable.sum()),
-            }
-            self._train(self._store + self._data.helpful)
-        if not self._module.flat_adapter().read().isfinite().all():
-            raise NonFiniteLossError(
-                f"the adapter is not finite after the server's steps of round {self._round + 1}"
-            )
+        if not self._goes_on:
+            self._enough = self._refuses_enough("refusal_rate_before")
+        if not self._enough:
+            store = self._pairs()
+            self._record |= {"samples": len(store), "pairs": int(store.comparable.sum())}
+            if len(store):
+                self._train(store + self._data.helpful)
         return self._finished_record()
 
     def _train(self, store: PreferenceStore) -> None:
@@ -136,18 +123,17 @@ class ServerVisit:
             while self._step < num_steps and not self._enough:
                 with self._timed("training"):
                     self._take_step(store, mixture, num_steps)
-                self._after_step(mixture, num_steps, is_last=phases[-1] == phases[self._phase])
+                left = num_steps - self._step + sum(n for _, n in phases[self._phase + 1 :])
+                self._after_step(f"{mixture.objective} {self._step}/{num_steps}", is_last=not left)
             self._phase, self._step = self._phase + 1, 0
 
-    def _after_step(self, mixture: Mixture, num_steps: int, *, is_last: bool) -> None:
+    def _after_step(self, doing: str, *, is_last: bool) -> None:
         done = sum(self._num_steps.values())
-        doing = f"{mixture.objective} {self._step}/{num_steps}"
-        if self._rules.num_held_out and done % self._rules.probe_every == 0:
-            with self._timed("revising"):
-                self._enough = self._refuses_enough("refusal_rate_after")
-        for listener in self._listeners():
-            listener.on_server_progress(self._trainer, doing)
-            if not self._enough and not (is_last and self._step == num_steps):
+        if is_last or done % self._rules.probe_every == 0:
+            self._enough = self._refuses_enough("refusal_rate_after")
+        self._tell(doing)
+        if not is_last and not self._enough:
+            for listener in self._listeners():
                 listener.on_server_step(self._trainer, done)
 
     # ---- red responses and revisions -------------------------------------------------------------
@@ -159,8 +145,11 @@ class ServerVisit:
             return False
         self._tell(f"asking {len(held_out)} held-out prompts")
         prompts = [self._data.prompts[place] for place in held_out.tolist()]
-        seed = derive_seed(Stream.RED_TEAM, self._seed, self._round, sum(self._num_steps.values()))
-        rate, generated, read = self._data.reviser.refusal_rate(self._speaker, prompts, seed=seed)
+        seed = derive_seed(Stream.PROBE, self._seed, self._round, sum(self._num_steps.values()))
+        with self._speaking():
+            rate, generated, read = self._data.reviser.refusal_rate(
+                self._speaker, prompts, seed=seed
+            )
         self._tokens["generated"] += generated
         self._tokens["read"] += read
         self._record[name] = rate
@@ -170,28 +159,25 @@ class ServerVisit:
         """The pairs to train on: those that are there, or new ones of the model as it is."""
         if self._data.ready is not None:
             return self._data.ready
+        if self._goes_on:
+            return self._data.read_back(self._file)
         helpful_per_step = self._data.helpful_per_step(len(self._data.helpful))
         wanted = self._rules.num_prompts(self._data.batch_size - helpful_per_step)
-        rng = np.random.default_rng(derive_seed(Stream.RED_TEAM, self._seed, self._round))
-        places = sorted(rng.permutation(self._split()[0])[:wanted].tolist())
-        counts, store = self._data.revise(
-            self._speaker,
-            places,
-            seed=derive_seed(Stream.RED_TEAM, self._seed, self._round, 0),
-            file=self._file,
-            on_progress=lambda done, total: self._tell(f"revising {done}/{total}"),
-        )
+        asked = random_stream(Stream.RED_TEAM, self._seed, self._round)
+        places = sorted(asked.permutation(self._split()[0])[:wanted].tolist())
+        with self._speaking():
+            counts, store = self._data.revise(
+                self._speaker,
+                places,
+                seed=derive_seed(Stream.REVISION, self._seed, self._round),
+                file=self._file,
+                on_progress=lambda done, total: self._tell(f"revising {done}/{total}"),
+            )
         record = counts.as_dict()
         self._tokens["generated"] += record.pop("tokens_generated")
         self._tokens["read"] += record.pop("tokens_read")
         self._record |= record
-        if not len(store):
-            reasons = ", ".join(f"{count} {why}" for why, count in counts.dropped.items())
-            warn(
-                f"round {self._round + 1}: no pair came of {counts.asked} red-team prompts "
-                f"({reasons}); the server trains on nothing",
-                stacklevel=2,
-            )
+        warn_of_nothing(counts, store, when=f"round {self._round + 1}")
         return store
 
     def _split(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -206,13 +192,17 @@ class ServerVisit:
     def _phases(self, store: PreferenceStore) -> list[_Phase]:
         """SFT on all answers, DPO on those with a worse one beside them."""
         is_helpful = np.arange(len(store)) >= len(store) - len(self._data.helpful)
+        usable_for: dict[Objective, NDArray[np.bool_]] = {
+            "sft": np.ones(len(store), np.bool_),
+            "dpo": store.comparable,
+        }
         mixtures = []
-        for objective, usable in (("sft", np.ones(len(store), bool)), ("dpo", store.comparable)):
+        for objective, usable in usable_for.items():
             helpful = np.flatnonzero(usable & is_helpful)
             share = self._data.helpful_per_step(len(helpful))
             revised = np.flatnonzero(usable & ~is_helpful)
             mixtures.append(
-                Mixture(objective, revised, helpful, self._data.batch_size - share, share)  # type: ignore[arg-type]
+                Mixture(objective, revised, helpful, self._data.batch_size - share, share)
             )
         return [_Phase(mixture, self._rules.num_steps(mixture)) for mixture in mixtures]
 
@@ -251,6 +241,7 @@ class ServerVisit:
                 nll_weight=rules.nll_weight,
                 num_parts=num_parts,
             )
+        self._named = store.named(samples)
         self._seed_dropout(objective)
         rate = rules.learning_rate(objective, self._step, num_steps)
         self._losses[objective].append(self._optimize(batches, rate, objective))
@@ -279,16 +270,21 @@ class ServerVisit:
             return loss
 
         self._module.optimizers().step(closure)  # type: ignore[union-attr]
+        if not all(each.isfinite().all() for each in self._module.flat_adapter().parameters):
+            raise self._not_finite(objective, "leaves an adapter that is not finite")
         return total
 
     def _finite(self, loss: Tensor, objective: str) -> float:
         value = loss.item()
         if not math.isfinite(value):
-            raise NonFiniteLossError(
-                f"the loss of step {self._step + 1} of the server's {objective} in round "
-                f"{self._round + 1} is {value}"
-            )
+            raise self._not_finite(objective, f"has the loss {value}")
         return value
+
+    def _not_finite(self, objective: str, what: str) -> NonFiniteLossError:
+        return NonFiniteLossError(
+            f"step {self._step + 1} of the server's {objective} in round {self._round + 1} {what} "
+            f"(its samples: {self._named})"
+        )
 
     def _seed_dropout(self, objective: str) -> None:
         place = ("sft", "dpo").index(objective)
@@ -307,7 +303,18 @@ class ServerVisit:
             record["preferred"] = self._num_preferred / self._num_compared
         record |= {f"tokens_{name}": count for name, count in self._tokens.items()}
         record |= {f"seconds_{name}": round(spent, 3) for name, spent in self._seconds.items()}
-        return record | {"seconds": round(sum(self._seconds.values()), 3)}
+        return record | {"seconds": round(self.seconds, 3)}
+
+    @property
+    def seconds(self) -> float:
+        """Time spent so far."""
+        return sum(self._seconds.values())
+
+    @contextmanager
+    def _speaking(self) -> Iterator[None]:
+        """The model speaks in the precision that it is trained in."""
+        with self._timed("revising"), self._trainer.precision_plugin.forward_context():
+            yield
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
@@ -334,8 +341,20 @@ class ServerVisit:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+        self._goes_on = True
         for name in _STATE:
             setattr(self, f"_{name}", state[name])
+
+
+def warn_of_nothing(counts: RevisionCounts, store: PreferenceStore, *, when: str) -> None:
+    """Say so where revising gave nothing to train on."""
+    if not len(store):
+        reasons = ", ".join(f"{count} {why}" for why, count in counts.dropped.items())
+        warn(
+            f"{when}: no pair came of {counts.asked} red-team prompts ({reasons}); the server "
+            "trains on nothing",
+            stacklevel=2,
+        )
 
 
 def pairs_file(run_dir: Path, round_: int | None) -> Path:

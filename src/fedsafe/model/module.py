@@ -351,3 +351,10 @@ def refuse_difference(saved: dict[str, Any], current: dict[str, Any]) -> None:
             f"the checkpoint belongs to another run: {'; '.join(differing)}. Resume with the "
             "settings of that run, or start a new run in another directory"
         )
+
+
+def numbers_of(name: str, rule: object) -> dict[str, float]:
+    """The numbers that a rule was made with, but for rates, which may be lowered at any time."""
+    settings = vars(rule).items() if rule is not None else ()
+    numbers = {key: value for key, value in settings if isinstance(value, int | float)}
+    return {f"{name}.{key}": x for key, x in numbers.items() if not key.endswith("_learning_rate")}
