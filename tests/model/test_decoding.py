@@ -200,9 +200,9 @@ def test_prompts_of_a_stateful_model_are_not_padded(make_model: ModelMaker) -> N
 # ---- limits --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["gpt2", "mistral"])
+@pytest.mark.parametrize("family", ["gpt2", "mistral", "gpt_neo"])
 def test_each_row_goes_on_to_its_own_last_position(make_model: ModelMaker, family: str) -> None:
-    model = make_model(family)
+    model = make_model(family, max_position_embeddings=64)
     prompts = [Prompt(ids) for ids in random_ids(63, 60, 5, 30)]
     found = go_on(model, prompts, max_new_tokens=10)
     assert [len(each.ids) for each in found] == [1, 4, 10, 10]

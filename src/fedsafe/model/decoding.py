@@ -52,14 +52,18 @@ def continue_all(
     can_remember = has_plain_memory(model)
     found: dict[int, Continuation] = {}
     for places in groups:
-        batch, cuts = [prompts[i] for i in places], [limits[i] for i in places]
         if can_remember:
+            batch, cuts = [prompts[i] for i in places], [limits[i] for i in places]
             answers = continue_batch(
                 model, batch, cuts, ends=ends, temperature=temperature, remember=remember
             )
-        else:
-            answers = continue_rereading(model, batch, cuts, ends=ends, temperature=temperature)
-        found.update(zip(places, answers, strict=True))
+            found.update(zip(places, answers, strict=True))
+            continue
+        for limit in {limits[i] for i in places}:  # `generate` has one for all
+            some = [i for i in places if limits[i] == limit]
+            batch = [prompts[i] for i in some]
+            answers = continue_rereading(model, batch, limit, ends=ends, temperature=temperature)
+            found.update(zip(some, answers, strict=True))
     return [found[place] for place in range(len(prompts))]
 
 

@@ -17,7 +17,7 @@ from fedsafe.model.sampling import draws, next_tokens
 def continue_rereading(
     model: Model,
     prompts: Sequence[Prompt],
-    limits: Sequence[int],
+    limit: int,
     *,
     ends: frozenset[int],
     temperature: float,
@@ -27,24 +27,23 @@ def continue_rereading(
     Args:
         model: In evaluation mode.
         prompts: The batch.
-        limits: Tokens that each row may have, 1 or more.
+        limit: Tokens at which a row is cut off, 1 or more.
         ends: Tokens that end a row.
         temperature: 0 for the likeliest token each time; above 0 to sample.
     """
     ids_BT, mask_BT = pad_left([prompt.ids for prompt in prompts])  # noqa: N806
-    longest = max(limits)
-    pick = _OwnDraws([prompt.seed for prompt in prompts], longest, temperature)
+    pick = _OwnDraws([prompt.seed for prompt in prompts], limit, temperature)
     output_BT = model.generate(  # type: ignore[operator]  # noqa: N806
         input_ids=ids_BT.to(model.device),
         attention_mask=mask_BT.to(model.device),
-        max_new_tokens=longest,
+        max_new_tokens=limit,
         pad_token_id=min(ends, default=0),
         eos_token_id=sorted(ends) or None,
         do_sample=False,
         logits_processor=LogitsProcessorList([pick]),
     )
     rows = output_BT[:, ids_BT.shape[1] :].tolist()
-    cut = [_until_end(row[:limit], ends) for row, limit in zip(rows, limits, strict=True)]
+    cut = [_until_end(row, ends) for row in rows]
     return [
         Continuation(ids, ids[-1] in ends, len(prompt.ids))
         for ids, prompt in zip(cut, prompts, strict=True)
@@ -72,8 +71,8 @@ def _until_end(ids: list[int], ends: frozenset[int]) -> list[int]:
 class _OwnDraws(LogitsProcessor):
     """Leaves each row the one token that `next_tokens` gives."""
 
-    def __init__(self, seeds: Sequence[int | tuple[int, ...]], longest: int, temperature: float):
-        self._draws_BK = draws(seeds, longest) if temperature > 0 else None
+    def __init__(self, seeds: Sequence[int | tuple[int, ...]], num_tokens: int, temperature: float):
+        self._draws_BK = draws(seeds, num_tokens) if temperature > 0 else None
         self._temperature = temperature
         self._step = 0
 
