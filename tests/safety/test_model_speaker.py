@@ -10,8 +10,8 @@ from fedsafe.model.dialogues import Dialogues
 from fedsafe.model.generation import Model
 from fedsafe.model.lora import add_lora
 from fedsafe.safety.model_speaker import ModelSpeaker
-from fedsafe.safety.revision import Speech
-from fedsafe.types import Conversation
+from fedsafe.safety.revision import Reviser, Speech
+from fedsafe.types import Conversation, RedTeamPrompt
 
 QUESTIONS: list[Conversation] = [
     [{"role": "user", "content": text}] for text in ("how do i enchant the goose", "7?")
@@ -71,6 +71,21 @@ def test_a_model_without_an_adapter_is_its_own_base(
     speaker = ModelSpeaker(base, tokenizer)
     expected = says(Dialogues(base, tokenizer))
     assert says(speaker.begin(0)) == says(speaker.begin(1)) == expected
+
+
+def test_without_an_adapter_the_base_reads_nothing_anew_to_criticise(
+    base: Model, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    prompts = [RedTeamPrompt(each, None, "red.jsonl", 1) for each in QUESTIONS]
+
+    def num_read(model: Model, critic: str) -> int:
+        reviser = Reviser(critic=critic, max_new_tokens=4, critic_gate=False, openings=[])
+        found = reviser.revise(ModelSpeaker(model, tokenizer), prompts, seed=0)
+        return sum(transcript.num_read for _, transcript in found)
+
+    assert num_read(base, "base") == num_read(base, "global") > 0
+    adapted = add_lora(base, rank=4, alpha=8, dropout=0.0, target_modules="all-linear")
+    assert num_read(adapted, "base") > num_read(adapted, "global")
 
 
 def test_a_strength_that_is_none_is_refused(

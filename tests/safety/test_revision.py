@@ -1,6 +1,7 @@
 """The reviser, with a speaker that says what a function says."""
 
 import random
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -116,6 +117,35 @@ def test_the_global_critic_goes_on_with_what_it_has_read(
     assert transcript.critic == name
 
 
+@pytest.mark.parametrize("has_adapter", [True, False])
+def test_without_an_adapter_the_base_has_read_what_it_criticises(
+    make: Make, has_adapter: bool
+) -> None:
+    speaker = ScriptedSpeaker(say, has_adapter=has_adapter)
+    list(make(critic="base").revise(speaker, prompts("goose"), seed=3))
+    assert [call.speech for call in speaker.calls] == (
+        [1, 2, 2, 3] if has_adapter else [1, 1, 1, 2]
+    )
+
+
+def test_a_critic_of_another_strength_finds_the_first_speech_forgotten(make: Make) -> None:
+    begun: list[weakref.ref[Any]] = []
+    alive: list[list[bool]] = []
+
+    class Watched(ScriptedSpeaker):
+        def begin(self, adapter_scale: float) -> Any:
+            speech = super().begin(adapter_scale)
+            begun.append(weakref.ref(speech))
+            return speech
+
+    def watching(scale: float, conversation: Conversation, seed: int) -> str:
+        alive.append([reference() is not None for reference in begun])
+        return say(scale, conversation, seed)
+
+    list(make(gate=None).revise(Watched(watching), prompts("goose"), seed=3))
+    assert alive == [[True, True], [False, True], [False, True]]
+
+
 def test_each_turn_has_its_temperature_and_its_own_seed(make: Make) -> None:
     speaker = ScriptedSpeaker(say)
     reviser = make(temperature=0.7, critic_temperature=0.2, max_new_tokens=9, passes=2)
@@ -124,7 +154,7 @@ def test_each_turn_has_its_temperature_and_its_own_seed(make: Make) -> None:
     assert [call.temperature for call in turns] == [0.7, 0.2, 0.2, 0.2, 0.2]
     assert {call.max_new_tokens for call in turns} == {9}
     assert [call.seeds for call in turns] == [
-        [derive_seed(Stream.SPEECH, 3, place, turn) for place in (1, 0)] for turn in range(5)
+        [derive_seed(Stream.SPEECH, 3, place, turn) for place in (0, 1)] for turn in range(5)
     ]
     assert gate.temperature == 0
 
@@ -195,10 +225,10 @@ def test_another_seed_says_other_things(make: Make) -> None:
     assert one != other
 
 
-def test_prompts_of_like_length_share_a_batch(make: Make) -> None:
+def test_prompts_of_like_length_share_a_batch_and_the_longest_come_first(make: Make) -> None:
     asked = prompts("goose " * 9, "duck", "swan " * 8, "hen")
     places = [place for place, _ in make(batch_size=2).revise(ScriptedSpeaker(say), asked, seed=3)]
-    assert places == [3, 1, 2, 0]
+    assert places == [0, 2, 1, 3]
 
 
 def test_each_batch_is_over_before_the_next_begins(make: Make) -> None:
@@ -228,6 +258,9 @@ def answers(**by_turn: str) -> Any:
         pytest.param({"response": "I  will not, sorry"}, "refused", 1, id="refused"),
         pytest.param({"response": " \n"}, "empty", 1, id="empty-response"),
         pytest.param({"response": "<too long>"}, "too_long", 1, id="too-long"),
+        pytest.param({"response": "<unreadable>"}, "unreadable", 1, id="unreadable"),
+        pytest.param({"revision": "<unreadable>"}, "unreadable", 3, id="unreadable-revision"),
+        pytest.param({"gate": "<unreadable>"}, "unreadable", 4, id="unreadable-gate"),
         pytest.param({"critique": "<too long>"}, "too_long", 2, id="too-long-critique"),
         pytest.param({"revision": "<too long>"}, "too_long", 3, id="too-long-revision"),
         pytest.param({"revision": "and on and on..."}, "endless", 3, id="endless"),
@@ -279,8 +312,8 @@ def test_the_conversations_that_go_on_are_not_disturbed(make: Make) -> None:
     assert found[1] == found[1]._replace(critiques=(), revisions=(), principles=())
     assert [[each is None for each in call.conversations] for call in speaker.calls] == [
         [False, False],
-        [True, False],
-        [True, False],
+        [False, True],
+        [False, True],
         [False],
     ]
 
@@ -363,6 +396,7 @@ def test_every_token_is_counted_the_gates_too(make: Make) -> None:
     [
         ({"critic": 1.5}, r"critic of the reviser is 1\.5; give base, global, or the adapter's"),
         ({"critic": -0.1}, r"critic of the reviser is -0\.1; give base"),
+        ({"critic": float("nan")}, "critic of the reviser is nan; give base, global"),
         ({"critic": "me"}, "critic of the reviser is 'me'; give base, global"),
         ({"passes": 0}, "passes of the reviser is 0; give 1 or more"),
         ({"batch_size": 0}, "batch_size of the reviser is 0; give 1 or more"),
@@ -410,17 +444,18 @@ def test_the_default_reviser_has_a_constitution_and_knows_refusals() -> None:
 
 def test_the_refusal_rate_is_that_of_the_global_model_in_percent(make: Make) -> None:
     def refuses_ducks(scale: float, conversation: Conversation, seed: int) -> str:
-        return {"duck": "I will not", "swan": "<too long>"}.get(conversation[0]["content"], "so be")
+        said = {"duck": "I will not", "swan": "<too long>", "crow": "<unreadable>"}
+        return said.get(conversation[0]["content"], "so be")
 
     speaker = ScriptedSpeaker(refuses_ducks)
-    asked = prompts("goose", "duck", "swan", "hen") + prompts("owl", response="I will not")
+    asked = prompts("goose", "duck", "swan", "crow", "hen") + prompts("owl", response="I will not")
     rate, num_generated, num_read = make(batch_size=2).refusal_rate(speaker, asked, seed=3)
     assert rate == 25.0
     assert (num_generated, num_read) == (3 + 3 * 2, 4)
     assert {(call.scale, call.max_new_tokens, call.temperature) for call in speaker.calls} == {
         (1.0, 16, 1.0)
     }
-    assert len({seed for call in speaker.calls for seed in call.seeds}) == 5
+    assert len({seed for call in speaker.calls for seed in call.seeds}) == 6
 
 
 @pytest.mark.parametrize("asked", [[], prompts("swan")], ids=["none", "too-long"])

@@ -158,6 +158,7 @@ def test_the_whole_conversation_is_asked_in_the_chat_template(
         "num_read": len(ids),
         "finished": True,
         "fits": True,
+        "unreadable": False,
     }
 
 
@@ -196,10 +197,28 @@ def test_a_conversation_without_room_is_not_asked_and_little_room_limits_the_ans
     assert [params.seed for _, params, _ in vllm.made[0].calls] == [0, 1, 2]
 
 
+def test_a_conversation_that_the_template_refuses_stops_no_other(
+    vllm: type[LLM], tiny_llama: Path
+) -> None:
+    speech = speaker(tiny_llama).begin(0.0)
+    speech._tokenizer.chat_template = (
+        "{% for m in messages %}{% if 'goose' in m['content'] %}{{ raise_exception('no geese') }}"
+        "{% endif %}[{{ m['content'] }}]{% endfor %}"
+    )
+    refused, hen = speech.answer([GOOSE, HEN], max_new_tokens=9, seeds=[0, 1])
+    assert refused is not None
+    assert (refused.fits, refused.unreadable, refused.text) == (False, True, "")
+    assert hen is not None
+    assert hen.fits
+    assert not hen.unreadable
+    assert len(vllm.made[0].calls) == 1
+
+
 def test_the_adapter_is_on_or_off(vllm: type[LLM], tiny_llama: Path, adapter: Path) -> None:
     both = speaker(tiny_llama, adapter)
     for scale in (1.0, 0.0):
         both.begin(scale).answer([HEN], max_new_tokens=3, seeds=[0])
+    assert both.has_adapter
     (engine,) = vllm.made
     assert (engine.enable_lora, engine.max_lora_rank) == (True, 16)
     assert [lora for *_, lora in engine.calls] == [LoRARequest("global", 1, str(adapter)), None]
@@ -208,6 +227,8 @@ def test_the_adapter_is_on_or_off(vllm: type[LLM], tiny_llama: Path, adapter: Pa
 
 
 def test_without_an_adapter_every_strength_is_the_base(vllm: type[LLM], tiny_llama: Path) -> None:
+    assert not speaker(tiny_llama).has_adapter
+    vllm.made.clear()
     for scale in (0.0, 0.5, 1.0):
         speaker(tiny_llama).begin(scale).answer([HEN], max_new_tokens=3, seeds=[0])
     assert [engine.calls[0][2] for engine in vllm.made] == [None] * 3

@@ -26,10 +26,13 @@ class ScriptedSpeaker:
     """Says what a function says; keeps what it was asked.
 
     Args:
-        say: See `Say`; a text that ends with `...` was cut off, and `<too long>` does not fit.
+        say: See `Say`; a text that ends with `...` was cut off, `<too long>` does not fit, and
+            `<unreadable>` is what the chat template refuses.
+        has_adapter: See `Speaker`.
     """
 
-    def __init__(self, say: Say) -> None:
+    def __init__(self, say: Say, *, has_adapter: bool = True) -> None:
+        self.has_adapter = has_adapter
         self.say = say
         self.calls: list[Call] = []
         self.num_begun = 0
@@ -73,6 +76,7 @@ class _ScriptedSpeech:
         if isinstance(said, Answer):
             return said
         read = sum(len(turn["content"].split()) for turn in conversation)
-        if said == "<too long>":
-            return Answer("", 0, 0, finished=False, fits=False)
+        if said in ("<too long>", "<unreadable>"):
+            unreadable = said == "<unreadable>"
+            return Answer("", 0, 0, finished=False, fits=False, unreadable=unreadable)
         return Answer(said, len(said.split()), read, finished=not said.endswith("..."))

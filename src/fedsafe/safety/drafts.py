@@ -27,6 +27,11 @@ class Speech(Protocol):
 class Speaker(Protocol):
     """A model that can talk with its adapter on, off or scaled."""
 
+    @property
+    def has_adapter(self) -> bool:
+        """Whether it has one; without, it is the same model at every scale."""
+        return True
+
     def begin(self, adapter_scale: float) -> Speech:
         """A new batch of conversations; 1 is the adapter as it is, 0 the base alone."""
 
@@ -74,7 +79,7 @@ class Draft:
         self.num_generated += answer.num_tokens
         self.num_read += answer.num_read
         if not answer.fits:
-            self.dropped = "too_long"
+            self.dropped = "unreadable" if answer.unreadable else "too_long"
             return
         self.finished = answer.finished
         if not answer.finished:
@@ -168,15 +173,16 @@ def going_on(drafts: Sequence[Draft]) -> list[Draft]:
 
 
 def by_length(prompts: Sequence[RedTeamPrompt], *, batch_size: int) -> list[list[int]]:
-    """Batches of prompts of like length, by their places.
+    """Batches of prompts of like length, by their places, longest first.
 
+    What does not fit into memory shows at once, and the time that is left is not underestimated.
     Those with a response of their own are apart: the model has not read the others' first turn.
     """
     sizes = [sum(len(turn["content"]) for turn in prompt.messages) for prompt in prompts]
     batches = []
     for has_response in (False, True):
         places = [i for i, p in enumerate(prompts) if (p.response is not None) == has_response]
-        places.sort(key=sizes.__getitem__)
+        places.sort(key=sizes.__getitem__, reverse=True)
         starts = range(0, len(places), batch_size)
         batches += [places[start : start + batch_size] for start in starts]
     return batches

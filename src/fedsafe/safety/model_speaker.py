@@ -25,6 +25,11 @@ class ModelSpeaker(Speaker):
         self._model = model
         self._tokenizer = tokenizer
 
+    @property
+    def has_adapter(self) -> bool:
+        """See `Speaker`."""
+        return isinstance(self._model, PeftModel)
+
     def begin(self, adapter_scale: float) -> Speech:
         """See `Speaker`; conversations of different scales may take turns."""
         return _ScaledDialogues(self._model, self._tokenizer, adapter_scale)

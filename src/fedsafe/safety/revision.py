@@ -15,7 +15,7 @@ from fedsafe.safety.constitution import Gate, Principle, load_constitution
 from fedsafe.safety.drafts import Draft, Speaker, Speech, Talk, by_length, going_on
 from fedsafe.safety.guard import Guard, judge_each
 from fedsafe.safety.refusal_openings import common_openings, normal_opening, opens_with
-from fedsafe.safety.transcripts import RevisionCounts, Transcript, pair_record
+from fedsafe.safety.transcripts import RevisionCounts, Tokens, Transcript, pair_record
 from fedsafe.types import RedTeamPrompt
 
 __all__ = [
@@ -29,7 +29,7 @@ __all__ = [
     "pair_record",
 ]
 
-Critic = Literal["base", "global"] | float
+Critic = float | str
 
 _GATE_TOKENS = 24
 """Tokens of the critic's reply to the gate's question: only how it begins is read."""
@@ -57,7 +57,8 @@ class Reviser:
         max_new_tokens: Tokens at which each turn is cut off.
         temperature: Of the red response; 0 for the likeliest.
         critic_temperature: Of critique and revision; 0 for the likeliest.
-        batch_size: Conversations at a time.
+        batch_size: Conversations at a time; decides nothing of what is said in float32, and by
+            rounding something in bfloat16.
         guard: Drops pairs whose revision it calls unsafe; None asks no guard.
         guard_threshold: Probability from which it does, 0 to 1.
         critic_gate: Whether the critic is asked about the revision too, where the constitution has
@@ -102,14 +103,17 @@ class Reviser:
         self._max_new_tokens = max_new_tokens
         self._temperature = temperature
         self._critic_temperature = critic_temperature
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self._guard = guard
         self._guard_threshold = guard_threshold
         self._gate = self._constitution.gate if critic_gate else None
         self._openings = [*map(normal_opening, common_openings() if openings is None else openings)]
 
     def identity(self) -> dict[str, Any]:
-        """All that decides a transcript beside the model, the prompts and the seed."""
+        """All that decides a transcript beside the model, the prompts and the seed.
+
+        Of a model in bfloat16 `batch_size` does too.
+        """
         openings = blake2b(repr(list(self._openings)).encode(), digest_size=8).hexdigest()
         return {
             "constitution": f"{self._constitution.name} {self._constitution.digest}",
@@ -129,7 +133,9 @@ class Reviser:
     ) -> Iterator[tuple[int, Transcript]]:
         """The transcript of each prompt with its place among them, batch by batch.
 
-        What is said in place i depends on the prompt, `seed` and i alone.
+        What is said in place i depends on the prompt, `seed` and i alone, not on the batch: of a
+        model in float32. In bfloat16 numbers are rounded otherwise in batches of another size, and
+        what is said may differ with `batch_size`.
         """
         for batch in self.revise_in_batches(speaker, prompts, seed=seed):
             yield from batch
@@ -151,7 +157,7 @@ class Reviser:
             done: Places that are left out.
         """
         try:
-            for places in by_length(prompts, batch_size=self._batch_size):
+            for places in by_length(prompts, batch_size=self.batch_size):
                 drafts = [Draft.of(i, prompts[i]) for i in places if i not in done]
                 if drafts:
                     self._converse(speaker, drafts, seed=seed)
@@ -182,30 +188,27 @@ class Reviser:
         """
         drafts = [Draft.of(i, prompt._replace(response=None)) for i, prompt in enumerate(prompts)]
         size = min(max_new_tokens, self._max_new_tokens)
-        for places in by_length(prompts, batch_size=self._batch_size):
+        for places in by_length(prompts, batch_size=self.batch_size):
             asked = [drafts[place] for place in places]
             self._respond(Talk(speaker.begin(1.0)), asked, seed=seed, max_new_tokens=size)
-        answered = [draft for draft in drafts if draft.dropped != "too_long"]
+        answered = [draft for draft in drafts if draft.dropped not in ("too_long", "unreadable")]
         if not answered:
             raise ValueError(
                 f"none of {len(prompts)} prompts can be asked for the refusal rate: there are none "
-                "or they are longer than the model can read; give shorter ones"
+                "or they are longer than the model can read, or its chat template refuses them"
             )
         num_refused = sum(draft.dropped == "refused" for draft in answered)
-        return RefusalRate(
-            100.0 * num_refused / len(answered),
-            sum(draft.num_generated for draft in drafts),
-            sum(draft.num_read for draft in drafts),
-        )
+        return RefusalRate(100.0 * num_refused / len(answered), *Tokens.of(drafts))
 
     # ---- the turns of a batch --------------------------------------------------------------------
 
     def _converse(self, speaker: Speaker, drafts: Sequence[Draft], *, seed: int) -> None:
         """Response, critiques and revisions; the memory of the conversations ends with it."""
         talk = Talk(speaker.begin(1.0))
-        critic = talk if self._scale == 1.0 else Talk(speaker.begin(self._scale))
+        is_other = self._scale != 1.0 and speaker.has_adapter
+        critic = Talk(speaker.begin(self._scale)) if is_other else talk
         self._respond(talk, drafts, seed=seed, max_new_tokens=self._max_new_tokens)
-        del talk  # a critic of another strength has read none of it
+        del talk  # another critic has read none of it
         for number in range(self._passes):
             for draft in going_on(drafts):
                 draft.principles.append(self._principle(seed, draft.place, number))

@@ -3,11 +3,12 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from fedsafe.types import Conversation, PreferencePair, RedTeamPrompt
 
 REASONS = {
+    "unreadable": "the chat template refuses the conversation",
     "too_long": "a turn does not fit the model",
     "empty": "the response or the revision says nothing",
     "refused": "the model refused, which is no red response",
@@ -17,7 +18,37 @@ REASONS = {
     "flagged_by_guard": "the guard calls the revision unsafe",
     "flagged_by_critic": "the critic calls the revision harmful",
 }
-"""Why a prompt makes no pair."""
+"""Why a prompt makes no pair.
+
+A red response that the length limit cut off is none: it is kept, and counted in `cut_off`.
+"""
+
+
+class Counted(Protocol):
+    """Something that cost tokens."""
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens generated for it."""
+
+    @property
+    def num_read(self) -> int:
+        """Tokens read for it."""
+
+
+class Tokens(NamedTuple):
+    """Tokens that a model spent."""
+
+    generated: int
+    read: int
+
+    @classmethod
+    def of(cls, all_of: Iterable[Counted]) -> "Tokens":
+        """Their sums."""
+        counted = list(all_of)
+        return cls(
+            sum(each.num_generated for each in counted), sum(each.num_read for each in counted)
+        )
 
 
 class Transcript(NamedTuple):
@@ -34,7 +65,10 @@ class Transcript(NamedTuple):
     dropped: str | None
     """Why it makes no pair, one of `REASONS`; None where it does."""
     cut_off: tuple[str, ...]
-    """Turns that the length limit ended: `response`, `critique`, `revision`."""
+    """Turns that the length limit ended: `response`, `critique`, `revision`.
+
+    A pair is kept with a response or a critique that was cut off, not with such a revision.
+    """
     num_generated: int
     """Tokens generated for it."""
     num_read: int
@@ -89,14 +123,15 @@ class RevisionCounts:
     def of(cls, transcripts: Iterable[Transcript]) -> "RevisionCounts":
         """Count transcripts."""
         counted = list(transcripts)
+        tokens = Tokens.of(counted)
         dropped = Counter(each.dropped for each in counted if each.dropped is not None)
         return cls(
             asked=len(counted),
             kept=len(counted) - dropped.total(),
             dropped=dropped,
             cut_off=Counter(turn for each in counted for turn in each.cut_off),
-            tokens_generated=sum(each.num_generated for each in counted),
-            tokens_read=sum(each.num_read for each in counted),
+            tokens_generated=tokens.generated,
+            tokens_read=tokens.read,
         )
 
     def __add__(self, other: "RevisionCounts") -> "RevisionCounts":

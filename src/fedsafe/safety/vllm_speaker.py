@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from fedsafe.data.chat import ensure_chat_template, render
+from fedsafe.data.chat import RefusedConversationError, ensure_chat_template, render
 from fedsafe.data.tokenizer import load_tokenizer
 from fedsafe.model.dialogues import Answer
 from fedsafe.model.pretrained import base_of
@@ -68,6 +68,11 @@ class VllmSpeaker(Speaker):
             **settings,
         )
 
+    @property
+    def has_adapter(self) -> bool:
+        """See `Speaker`."""
+        return bool(self._with_adapter)
+
     def begin(self, adapter_scale: float) -> Speech:
         """See `Speaker`.
 
@@ -121,7 +126,11 @@ class _VllmSpeech(Speech):
         for row, conversation in enumerate(conversations):
             if conversation is None:
                 continue
-            ids = self._read(conversation)
+            try:
+                ids = self._read(conversation)
+            except RefusedConversationError:
+                answers[row] = Answer("", 0, 0, finished=False, fits=False, unreadable=True)
+                continue
             if len(ids) < self._max_length:
                 prompts[row] = ids
             else:
