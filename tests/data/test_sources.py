@@ -498,3 +498,12 @@ def test_the_alpaca_file_is_read_whole(real_data: Path) -> None:
 def test_real_files_of_other_formats_are_refused(real_data: Path, name: str, reason: str) -> None:
     with pytest.raises(ValueError, match=f"(?s){reason}"):
         load_samples(str(real_data / name))
+
+
+def test_a_part_of_a_data_set_is_named_after_a_colon(tmp_path: Path) -> None:
+    for part in ("harmless", "helpful"):
+        (tmp_path / "set" / part).mkdir(parents=True)
+        row = {"prompt": f"{part} question", "response": "answer"}
+        (tmp_path / "set" / part / "train.jsonl").write_text(json.dumps(row) + "\n")
+    samples = load_samples(f"{tmp_path}/set:harmless")
+    assert [row["messages"][0]["content"] for row in samples] == ["harmless question"]
