@@ -24,6 +24,7 @@ from fedsafe.types import Conversation
 Captured = pytest.CaptureFixture[str]
 
 HERE = Path(__file__).parent
+LOAD = command._Model.load
 FIELDS = [
     *("prompt", "init_response", "critiques", "revisions", "chosen", "rejected"),
     *("principle", "critic", "row"),
@@ -197,7 +198,9 @@ def test_pairs_can_be_read_for_training(revise: Revise, speaker: ScriptedSpeaker
 # ---- a command that was stopped ------------------------------------------------------------------
 
 
-def stopped(revise: Revise, speaker: ScriptedSpeaker, source: str, *, after: int) -> int:
+def stopped(
+    revise: Revise, speaker: ScriptedSpeaker, source: str, *arguments: str, after: int
+) -> int:
     """Interrupt the command after some calls of the model."""
 
     def interrupted(scale: float, conversation: Conversation, seed: int) -> str:
@@ -206,7 +209,7 @@ def stopped(revise: Revise, speaker: ScriptedSpeaker, source: str, *, after: int
         return say(scale, conversation, seed)
 
     speaker.say = interrupted
-    status = revise(source, "--reviser.batch_size", "2")
+    status = revise(source, "--reviser.batch_size", "2", "--overwrite", "true", *arguments)
     speaker.say = say
     return status
 
@@ -231,15 +234,92 @@ def test_a_stopped_command_goes_on_behind_the_last_finished_batch(
     assert ".pairs.jsonl.unfinished" not in files()
 
 
-def test_with_other_settings_everything_is_revised_anew(
+OTHER_SETTINGS = pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(["--seed", "1"], id="seed"),
+        pytest.param(["--dtype", "bfloat16"], id="dtype"),
+        pytest.param(["--reviser.critic", "global"], id="critic"),
+    ],
+)
+
+
+@OTHER_SETTINGS
+def test_unfinished_work_of_other_settings_is_thrown_away_only_when_told(
+    revise: Revise, speaker: ScriptedSpeaker, capsys: Captured, other: list[str]
+) -> None:
+    source = write("hen", "goose", "old hen", "the owl")
+    stopped(revise, speaker, source, after=6)
+    unfinished = Path(".pairs.jsonl.unfinished").read_text()
+    capsys.readouterr()
+    assert revise(source, *other) == 1
+    error = capsys.readouterr().err
+    assert ".pairs.jsonl.unfinished holds unfinished work of other settings or prompts" in error
+    assert Path(".pairs.jsonl.unfinished").read_text() == unfinished
+    assert revise(source, *other, "--overwrite", "true") == 0
+    assert summary()["taken_over"] == 0
+    assert summary()["rows"] == 4
+
+
+def test_only_in_float32_work_of_another_batch_size_is_taken_over(
     revise: Revise, speaker: ScriptedSpeaker
 ) -> None:
     source = write("hen", "goose", "old hen", "the owl")
     stopped(revise, speaker, source, after=6)
-    with pytest.warns(UserWarning, match=r"\.pairs\.jsonl\.unfinished is of other settings"):
-        assert revise(source, "--seed", "1") == 0
+    assert revise(source, "--reviser.batch_size", "3") == 0
+    assert summary()["taken_over"] == 2
+    stopped(revise, speaker, source, "--dtype", "bfloat16", after=len(speaker.calls) + 6)
+    half = ["--dtype", "bfloat16", "--overwrite", "true"]
+    assert revise(source, *half, "--reviser.batch_size", "3") == 0
     assert summary()["taken_over"] == 0
-    assert summary()["rows"] == 4
+    assert summary()["batch_size"] == 3
+
+
+def test_killed_between_the_files_it_puts_the_others_in_their_places(
+    revise: Revise, speaker: ScriptedSpeaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write("hen", "swan")
+    replace = Path.replace
+
+    def killed(self: Path, target: Path) -> Path:
+        if target.name == "pairs.summary.json":
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", killed)
+        assert revise(source) == 130
+    assert "pairs.rejected.jsonl" in files()
+    assert "pairs.jsonl" not in files()
+    assert revise(source) == 0
+    assert files() == ["pairs.jsonl", "pairs.rejected.jsonl", "pairs.summary.json"]
+    assert (summary()["kept"], summary()["taken_over"]) == (1, 2)
+
+
+def test_files_that_appear_before_the_lock_are_not_overwritten_either(
+    revise: Revise, speaker: ScriptedSpeaker, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = command.read_prompts
+
+    def slowly(*arguments: Any, **settings: Any) -> Any:
+        Path("pairs.jsonl").write_text("another's")
+        return read(*arguments, **settings)
+
+    monkeypatch.setattr(command, "read_prompts", slowly)
+    for _ in range(2):  # what the first leaves behind is no permission
+        assert revise(write("hen")) == 1
+        assert "pairs.jsonl would be overwritten" in capsys.readouterr().err
+        assert Path("pairs.jsonl").read_text() == "another's"
+    assert speaker.calls == []
+
+
+def test_no_speed_is_told_where_nothing_was_generated(
+    revise: Revise, speaker: ScriptedSpeaker, capsys: Captured
+) -> None:
+    speaker.say = lambda scale, conversation, seed: "<too long>"
+    assert revise(write("hen")) == 0
+    assert summary()["prompts_per_second"] is None
+    assert "prompts/s" not in shown(capsys)
 
 
 def test_where_all_batches_are_finished_no_model_is_loaded(
@@ -420,11 +500,13 @@ def test_what_cannot_be_done_is_said_in_a_line(
     ("arguments", "message"),
     [
         (["--reviser.critic", "2"], "critic of the reviser is 2"),
+        (["--reviser.critic", "foo"], "critic of the reviser is 'foo'; give base, global, or the"),
+        (["--memory_share", "1.5"], "memory_share is 1.5; give a number above 0, at most 1"),
         (["--reviser.passes", "0"], "passes of the reviser is 0; give 1 or more"),
         (["--reviser.constitution", "none"], "there is no constitution 'none'"),
         (["--seed", "-1"], "seed"),
     ],
-    ids=["critic", "passes", "constitution", "seed"],
+    ids=["critic", "critic-text", "memory", "passes", "constitution", "seed"],
 )
 def test_wrong_settings_are_said_in_a_line(
     revise: Revise, arguments: list[str], message: str, capsys: Captured
@@ -449,6 +531,22 @@ def test_files_that_are_there_are_not_overwritten(
     assert Path("pairs.jsonl").read_text() == "mine"
     assert revise(source, "--overwrite", "true") == 0
     assert len(lines("pairs.jsonl")) == 1
+
+
+def test_vllm_takes_the_share_of_memory_that_the_user_says(
+    revise: Revise, speaker: ScriptedSpeaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = []
+
+    def started(*arguments: Any, memory_share: float, **settings: Any) -> ScriptedSpeaker:
+        shares.append(memory_share)
+        return speaker
+
+    monkeypatch.setattr(command._Model, "load", LOAD)
+    monkeypatch.setattr(command, "VllmSpeaker", started)
+    assert revise(write("hen"), "--backend", "vllm", "--memory_share", "0.45") == 0
+    assert revise(write("hen"), "--backend", "vllm", output="pairs-2.jsonl") == 0
+    assert shares == [0.45, 0.9]
 
 
 def test_the_model_goes_where_the_user_says(

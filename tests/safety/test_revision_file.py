@@ -1,6 +1,8 @@
 """The files of a revision: what is kept of a command that was killed, and where rows go."""
 
+import fcntl
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -49,8 +51,10 @@ def left_behind(*batches: Any, settings: dict[str, Any] = SETTINGS) -> Path:
     return Path("out/.journal")
 
 
-def found_by(settings: dict[str, Any] = SETTINGS, prompts: Any = PROMPTS) -> dict[int, Transcript]:
-    journal = Journal(Path("out/.journal"), settings, prompts)
+def found_by(
+    settings: dict[str, Any] = SETTINGS, prompts: Any = PROMPTS, *, overwrite: bool = False
+) -> dict[int, Transcript]:
+    journal = Journal(Path("out/.journal"), settings, prompts, overwrite=overwrite)
     with pytest.raises(KilledError), journal.open():
         raise KilledError
     return journal.transcripts
@@ -89,17 +93,73 @@ def test_a_journal_that_was_cut_off_at_its_head_is_begun_anew(end: int) -> None:
     assert found_by() == dict(FIRST)
 
 
-def test_batches_of_other_settings_or_prompts_are_forgotten() -> None:
-    for other in (
-        {"settings": {"seed": 1}},
-        {"prompts": [*PROMPTS[:3], prompt(3, "how do i enchant the duck")]},
-        {"prompts": [*PROMPTS[:3], PROMPTS[3]._replace(response="so")]},
-        {"prompts": PROMPTS[:3]},
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param({"settings": {"seed": 1}}, id="settings"),
+        pytest.param({"prompts": [*PROMPTS[:3], prompt(3, "other")]}, id="prompt"),
+        pytest.param({"prompts": [*PROMPTS[:3], PROMPTS[3]._replace(response="so")]}, id="answer"),
+        pytest.param({"prompts": PROMPTS[:3]}, id="fewer"),
+    ],
+)
+def test_batches_of_other_settings_or_prompts_are_thrown_away_only_when_told(
+    other: dict[str, Any],
+) -> None:
+    kept = left_behind(FIRST).read_bytes()
+    journal = Journal(Path("out/.journal"), **({"settings": SETTINGS, "prompts": PROMPTS} | other))
+    with (
+        pytest.raises(
+            ValueError, match=r"out/\.journal holds unfinished work of other settings or"
+        ),
+        journal.open(),
     ):
-        left_behind(FIRST)
-        with pytest.warns(UserWarning, match="is of other settings or prompts; everything is rev"):
-            assert found_by(**other) == {}
-        Path("out/.journal").unlink()
+        pass
+    assert Path("out/.journal").read_bytes() == kept
+    assert found_by(**other, overwrite=True) == {}
+    assert Path("out/.journal").read_bytes() != kept
+
+
+def test_a_journal_of_other_settings_that_holds_no_batch_is_no_hindrance() -> None:
+    left_behind(settings={"seed": 1})
+    assert found_by() == {}
+    left_behind(FIRST)
+    assert found_by() == dict(FIRST)
+
+
+def test_each_batch_is_forced_to_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda number: sizes.append(os.fstat(number).st_size))
+    file = left_behind(FIRST, SECOND)
+    assert len(sizes) == 3  # the head, and two batches
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == file.stat().st_size
+
+
+def test_a_journal_is_complete_when_every_prompt_has_its_transcript() -> None:
+    journal = Journal(left_behind(FIRST), SETTINGS, PROMPTS)
+    with journal.open():
+        assert not journal.is_complete
+        journal.add(SECOND)
+        assert journal.is_complete
+
+
+def test_a_file_that_is_removed_before_it_is_locked_is_opened_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file = left_behind(FIRST)
+    lock = fcntl.flock
+    number_of_locks = []
+
+    def late(opened: Any, operation: int) -> None:
+        if not number_of_locks:
+            file.unlink()
+        number_of_locks.append(operation)
+        lock(opened, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    assert left_behind(SECOND).exists()
+    assert len(number_of_locks) == 2
+    assert found_by() == dict(SECOND)
 
 
 def test_two_commands_do_not_share_a_journal() -> None:

@@ -29,7 +29,7 @@ from fedsafe.safety.transcripts import REASONS
 from fedsafe.safety.vllm_speaker import VllmSpeaker
 from fedsafe.types import RedTeamPrompt
 
-_VERSION = 1  # raise it when a change of this package's code changes transcripts
+_VERSION = 2  # raise it when a change of this package's code changes transcripts
 
 
 def run(name: str, arguments: list[str]) -> None:
@@ -54,6 +54,7 @@ def revise(  # noqa: PLR0913
     backend: Literal["transformers", "vllm"] = "transformers",
     dtype: Literal["float32", "bfloat16"] = "float32",
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    memory_share: float = 0.9,
     seed: NonNegativeInt = 0,
     split: str = "train",
     on_bad_row: OnBadRow = "skip",
@@ -74,22 +75,35 @@ def revise(  # noqa: PLR0913
         adapter: Folder of the adapter in PEFT's format, such as `adapter/` of a run directory:
             with it the model is the global one. Without one, the base criticises itself.
         backend: Who computes: `transformers`, or `vllm` (needs a GPU and the extra `vllm`).
-        dtype: Type of the base's weights.
+        dtype: Type of the base's weights. What is said in float32 is the same whatever
+            `--reviser.batch_size` is; in bfloat16 rounding differs between batch sizes, and with it
+            what is said.
         device: Where to compute; `auto` takes a CUDA device if there is one. vLLM decides itself.
+        memory_share: Share of the GPU's memory that vLLM takes; lower it, to 0.45 say, where a
+            guard is on the same GPU.
         seed: Seed of sampling and of the principles that are drawn.
         split: Split to take of a hub name.
         on_bad_row: Skip rows that cannot be used and list them in NAME.bad.jsonl, or stop with an
             error.
-        overwrite: Whether files of an earlier command may be replaced.
+        overwrite: Whether files of an earlier command may be replaced, and unfinished work of other
+            settings be thrown away.
     """
     outputs = RevisionOutputs(Path(output))
-    outputs.files.check(Path(input), overwrite=overwrite)
-    model = _Model(base, adapter, backend=backend, dtype=dtype, device=device)
+    # Unfinished work may be complete, and some of its files in their places.
+    outputs.files.check(Path(input), overwrite=overwrite or outputs.journal.exists())
+    model = _Model(
+        base, adapter, backend=backend, dtype=dtype, device=device, memory_share=memory_share
+    )
     rows = read_prompts(input, split=split, on_bad_row=on_bad_row)
     prompts = [row for row in rows if not isinstance(row, Rejected)]
-    settings = {"reviser": reviser.identity(), "model": model.identity(), "seed": seed}
-    journal = Journal(outputs.journal, {"version": _VERSION, **settings}, prompts)
+    settings: dict[str, Any] = {"reviser": reviser.identity(), "model": model.identity()}
+    settings["seed"] = seed
+    if dtype != "float32":
+        settings["batch_size"] = reviser.batch_size
+    decisive = {"version": _VERSION, **settings}
+    journal = Journal(outputs.journal, decisive, prompts, overwrite=overwrite)
     with journal.open():
+        outputs.files.check(Path(input), overwrite=overwrite or journal.is_complete)
         speed = _revise_rest(reviser, model, prompts, journal, seed=seed)
         with outputs.files.open():
             summary = {"input": input, "output": output, **settings}
@@ -106,7 +120,14 @@ class _Model:
     """The model that is asked for, loaded when it is needed."""
 
     def __init__(
-        self, base: str | None, adapter: str | None, *, backend: str, dtype: str, device: str
+        self,
+        base: str | None,
+        adapter: str | None,
+        *,
+        backend: str,
+        dtype: str,
+        device: str,
+        memory_share: float,
     ) -> None:
         if base is None and adapter is None:
             raise ValueError("there is no model to ask; give --base, --adapter or both")
@@ -114,11 +135,14 @@ class _Model:
             raise ValueError(f"device is {device!r}, and vLLM chooses its own; leave it out")
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device is cuda and no CUDA device is visible; leave --device out")
+        if not 0 < memory_share <= 1:
+            raise ValueError(f"memory_share is {memory_share}; give a number above 0, at most 1")
         self._base = base
         self._adapter = Path(adapter) if adapter is not None else None
         self._backend = backend
         self._dtype = dtype
         self._device = device
+        self._memory_share = memory_share
 
     def identity(self) -> dict[str, str]:
         """What a transcript depends on."""
@@ -129,7 +153,9 @@ class _Model:
         """Load the weights."""
         dtype = getattr(torch, self._dtype)
         if self._backend == "vllm":
-            return VllmSpeaker(self._base, self._adapter, dtype=dtype)
+            return VllmSpeaker(
+                self._base, self._adapter, dtype=dtype, memory_share=self._memory_share
+            )
         model: Model
         if self._adapter is not None:
             model, tokenizer = load_trained(self._adapter, base=self._base, dtype=dtype)
@@ -152,6 +178,7 @@ def _revise_rest(
 ) -> dict[str, Any]:
     """Revise what the journal does not hold yet; returns how fast."""
     done = len(journal.transcripts)
+    generated = 0
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("Revising", total=len(prompts), completed=done)
@@ -162,10 +189,11 @@ def _revise_rest(
                 speaker, prompts, seed=seed, done=journal.transcripts.keys()
             ):
                 journal.add(batch)
+                generated += sum(transcript.num_generated for _, transcript in batch)
                 progress.advance(task, len(batch))
         seconds = time.perf_counter() - started
     revised = len(journal.transcripts) - done
-    rate = round(revised / seconds, 2) if revised else None
+    rate = round(revised / seconds, 2) if generated else None
     return {"seconds": round(seconds, 3), "prompts_per_second": rate, "taken_over": done}
 
 

@@ -8,7 +8,6 @@ import fcntl
 import hashlib
 import json
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,18 +43,25 @@ class Journal:
 
     Args:
         file: Where they are.
-        settings: All that decides a transcript; batches of other settings are forgotten.
+        settings: All that decides a transcript.
         prompts: What the transcripts are of.
+        overwrite: Whether batches of other settings or prompts may be thrown away.
     """
 
     def __init__(
-        self, file: Path, settings: dict[str, Any], prompts: Sequence[RedTeamPrompt]
+        self,
+        file: Path,
+        settings: dict[str, Any],
+        prompts: Sequence[RedTeamPrompt],
+        *,
+        overwrite: bool = False,
     ) -> None:
         self._file = file
         asked = [[prompt.messages, prompt.response] for prompt in prompts]
         text = json.dumps([settings, asked], sort_keys=True)
         self._head = {"digest": hashlib.sha256(text.encode()).hexdigest()}
         self._prompts = prompts
+        self._overwrite = overwrite
         self._opened: BinaryIO | None = None
         self.transcripts: dict[int, Transcript] = {}
         """By the places of their prompts."""
@@ -65,17 +71,11 @@ class Journal:
         """Read what is there, and keep others out; the file goes if no error ends the block.
 
         Raises:
-            ValueError: If another process is writing it.
+            ValueError: If another process is writing it, or it holds batches of other settings or
+                prompts that may not be thrown away.
         """
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        with self._file.open("a+b") as opened:
-            try:
-                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ValueError(
-                    f"another command is writing {self._file}; wait for it, or give another "
-                    "--output"
-                ) from error
+        with _locked(self._file) as opened:
             self._opened = opened
             self._read(opened)
             yield
@@ -85,6 +85,11 @@ class Journal:
         """Keep a finished batch; it is on disk when this returns."""
         self.transcripts |= dict(batch)
         self._write({str(place): _without_prompt(each) for place, each in batch})
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every batch is finished."""
+        return len(self.transcripts) == len(self._prompts)
 
     def in_order(self) -> list[Transcript]:
         """The transcripts of all prompts, once every batch is finished."""
@@ -96,10 +101,10 @@ class Journal:
         lines = opened.readlines()
         whole = [line for line in lines if line.endswith(b"\n")]
         if not whole or json.loads(whole[0]) != self._head:
-            if whole:
-                warnings.warn(
-                    f"{self._file} is of other settings or prompts; everything is revised anew",
-                    stacklevel=3,
+            if len(whole) > 1 and not self._overwrite:
+                raise ValueError(
+                    f"{self._file} holds unfinished work of other settings or prompts; give the "
+                    "old settings, another --output, or --overwrite true"
                 )
             opened.truncate(0)
             self._write(self._head)
@@ -148,6 +153,26 @@ class RevisionOutputs:
             "rejected": lines[self.rejected],
             "bad": lines[self.bad],
         }
+
+
+def _locked(file: Path) -> BinaryIO:
+    """Open a file for this process alone.
+
+    Raises:
+        ValueError: If another process has it.
+    """
+    while True:
+        opened = file.open("a+b")
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            opened.close()
+            raise ValueError(
+                f"another command is writing {file}; wait for it, or give another --output"
+            ) from error
+        if os.fstat(opened.fileno()).st_nlink:
+            return opened
+        opened.close()  # whoever had it was done, and removed it after it was opened here
 
 
 def _without_prompt(transcript: Transcript) -> dict[str, Any]:
