@@ -29,7 +29,7 @@ from fedsafe.safety.transcripts import REASONS
 from fedsafe.safety.vllm_speaker import VllmSpeaker
 from fedsafe.types import RedTeamPrompt
 
-_VERSION = 2  # raise it when a change of this package's code changes transcripts
+_VERSION = {"version": 2}  # raise it when a change of this package's code changes transcripts
 
 
 def run(name: str, arguments: list[str]) -> None:
@@ -75,9 +75,8 @@ def revise(  # noqa: PLR0913
         adapter: Folder of the adapter in PEFT's format, such as `adapter/` of a run directory:
             with it the model is the global one. Without one, the base criticises itself.
         backend: Who computes: `transformers`, or `vllm` (needs a GPU and the extra `vllm`).
-        dtype: Type of the base's weights. What is said in float32 is the same whatever
-            `--reviser.batch_size` is; in bfloat16 rounding differs between batch sizes, and with it
-            what is said.
+        dtype: Type of the base's weights. In bfloat16 rounding, and with it what is said, differs
+            between batch sizes (`--reviser.batch_size`); in float32 all sizes say the same.
         device: Where to compute; `auto` takes a CUDA device if there is one. vLLM decides itself.
         memory_share: Share of the GPU's memory that vLLM takes; lower it, to 0.45 say, where a
             guard is on the same GPU.
@@ -85,23 +84,18 @@ def revise(  # noqa: PLR0913
         split: Split to take of a hub name.
         on_bad_row: Skip rows that cannot be used and list them in NAME.bad.jsonl, or stop with an
             error.
-        overwrite: Whether files of an earlier command may be replaced, and unfinished work of other
-            settings be thrown away.
+        overwrite: Whether earlier files, and unfinished work of other settings, may be replaced.
     """
     outputs = RevisionOutputs(Path(output))
-    # Unfinished work may be complete, and some of its files in their places.
+    # A command killed at its very end left some files in their places; see below.
     outputs.files.check(Path(input), overwrite=overwrite or outputs.journal.exists())
     model = _Model(
         base, adapter, backend=backend, dtype=dtype, device=device, memory_share=memory_share
     )
     rows = read_prompts(input, split=split, on_bad_row=on_bad_row)
     prompts = [row for row in rows if not isinstance(row, Rejected)]
-    settings: dict[str, Any] = {"reviser": reviser.identity(), "model": model.identity()}
-    settings["seed"] = seed
-    if dtype != "float32":
-        settings["batch_size"] = reviser.batch_size
-    decisive = {"version": _VERSION, **settings}
-    journal = Journal(outputs.journal, decisive, prompts, overwrite=overwrite)
+    settings = _settings(reviser, model, seed=seed)
+    journal = Journal(outputs.journal, settings | _VERSION, prompts, overwrite=overwrite)
     with journal.open():
         outputs.files.check(Path(input), overwrite=overwrite or journal.is_complete)
         speed = _revise_rest(reviser, model, prompts, journal, seed=seed)
@@ -109,11 +103,7 @@ def revise(  # noqa: PLR0913
             summary = {"input": input, "output": output, **settings}
             summary |= {**_write_all(rows, journal, outputs), **speed}
             outputs.files.write_summary(outputs.summary, summary)
-    console = Console()
-    console.print(_table(summary))
-    if not summary["kept"]:
-        console.print(_nothing_kept(summary), soft_wrap=True)
-    console.print(f"wrote {', '.join(map(str, outputs.files.written()))}", soft_wrap=True)
+    _show(summary, outputs.files.written())
 
 
 class _Model:
@@ -168,6 +158,15 @@ class _Model:
         return ModelSpeaker(model, tokenizer)
 
 
+def _settings(reviser: Reviser, model: _Model, *, seed: int) -> dict[str, Any]:
+    """All that decides a transcript beside its prompt."""
+    identity = model.identity()
+    settings = {"reviser": reviser.identity(), "model": identity, "seed": seed}
+    if identity["dtype"] == "float32":
+        return settings
+    return {**settings, "batch_size": reviser.batch_size}  # it decides how numbers are rounded
+
+
 def _revise_rest(
     reviser: Reviser,
     model: _Model,
@@ -210,6 +209,15 @@ def _write_all(
     assert num_rows["kept"] == counts.pop("kept"), num_rows
     assert num_rows["rejected"] == sum(counts["dropped"].values()), num_rows
     return {"rows": len(rows), **num_rows, **counts}
+
+
+def _show(summary: Mapping[str, Any], written: Sequence[Path]) -> None:
+    """Tell what became of the prompts, and where it is."""
+    console = Console()
+    console.print(_table(summary))
+    if not summary["kept"]:
+        console.print(_nothing_kept(summary), soft_wrap=True)
+    console.print(f"wrote {', '.join(map(str, written))}", soft_wrap=True)
 
 
 def _table(summary: Mapping[str, Any]) -> Table:
