@@ -1,5 +1,6 @@
 """Continuations of token ids, compared with transformers' `generate` one prompt at a time."""
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ from fedsafe.model.continuation import Continuation, Memory, Prompt
 from fedsafe.model.decoding import continue_all, has_plain_memory
 from fedsafe.model.generation import generating
 from fedsafe.model.grouping import of_like_length
+from fedsafe.model.kv_buffer import KVBuffer
 
 ModelMaker = Callable[..., PreTrainedModel]
 PLAIN = ("gpt2", "llama", "phi")
@@ -61,7 +63,7 @@ def second_turns(first: Sequence[Continuation]) -> list[Prompt]:
     """More is said in each, from 1 to 6 tokens."""
     said = random_ids(*range(1, len(first) + 1), seed=1)
     return [
-        Prompt([*ids, *each.ids, *more], place, each.memory)
+        Prompt([*ids, *each.ids, *more], place, Memory(each.memory.ids, [*each.memory.layers]))
         for place, (ids, each, more) in enumerate(zip(IDS, first, said, strict=True))
     ]
 
@@ -108,12 +110,11 @@ def test_a_sampled_row_does_not_depend_on_the_rows_beside_it(
     prompts = [Prompt(ids, (5, place)) for place, ids in enumerate(IDS)]
     settings = {"temperature": 1.0, "ends": frozenset({2, 9, 17, 33})}
     first = go_on(model, prompts, **settings)
-    turns = second_turns(first)
-    second = go_on(model, turns, **settings)
+    second = go_on(model, second_turns(first), **settings)
     for max_rows in (1, 4):
         again = go_on(model, prompts, max_rows=max_rows, **settings)
         assert [each.ids for each in again] == [each.ids for each in first]
-        again = go_on(model, turns, max_rows=max_rows, **settings)
+        again = go_on(model, second_turns(first), max_rows=max_rows, **settings)
         assert [each.ids for each in again] == [each.ids for each in second]
     assert len({len(each.ids) for each in first}) > 1
 
@@ -163,14 +164,53 @@ def test_memory_is_used_up_to_where_it_differs(make_model: ModelMaker) -> None:
     [kept] = go_on(model, [Prompt(IDS[1])])
     changed = [*IDS[1][:6], (IDS[1][6] + 1) % 64, *IDS[1][7:]]
     for ids, num_read in ((changed, 5), (IDS[1], 1), (IDS[1][:4], 1), (IDS[3], 20)):
-        [found] = go_on(model, [Prompt(ids, memory=kept.memory)])
+        memory = Memory(kept.memory.ids, [*kept.memory.layers])
+        [found] = go_on(model, [Prompt(ids, memory=memory)])
         assert found.num_read == num_read
         assert [found.ids] == one_by_one(model, [ids])
 
 
 def test_nothing_is_remembered_unless_asked(make_model: ModelMaker) -> None:
     [found] = go_on(make_model("llama"), [Prompt(IDS[0])], remember=False)
-    assert found.memory == Memory((), ())
+    assert found.memory == Memory((), [])
+
+
+def test_a_memory_is_freed_as_the_batch_takes_it(make_model: ModelMaker) -> None:
+    model = make_model("llama")
+    prompts = second_turns(go_on(model, [Prompt(ids) for ids in IDS]))
+    prompts[0] = Prompt([9, *prompts[0].ids], memory=prompts[0].memory)  # of no use
+    kept = [weakref.ref(keys) for prompt in prompts for keys, _ in prompt.memory.layers]
+    alive: list[int] = []
+    model.model.layers[0].register_forward_pre_hook(
+        lambda layer, args: alive.append(sum(each() is not None for each in kept))
+    )
+    go_on(model, prompts)
+    assert len(kept) == 12
+    assert not any(alive)
+
+
+def test_a_memory_that_was_taken_is_read_anew(make_model: ModelMaker) -> None:
+    model = make_model("llama")
+    prompts = second_turns(go_on(model, [Prompt(ids) for ids in IDS]))
+    first, again = go_on(model, prompts), go_on(model, prompts)
+    assert [each.ids for each in again] == [each.ids for each in first]
+    assert [each.num_read for each in again] == [len(each.ids) for each in prompts]
+
+
+def test_a_batch_grows_by_steps_to_what_it_can_need(
+    make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capacities: list[int] = []
+    reserve = KVBuffer.reserve
+
+    def count(layer: KVBuffer, capacity: int) -> None:
+        capacities.append(capacity)
+        reserve(layer, capacity)
+
+    monkeypatch.setattr(KVBuffer, "reserve", count)
+    model = make_model("llama", max_position_embeddings=1024, num_hidden_layers=1)
+    go_on(model, [Prompt(ids) for ids in random_ids(300, 290)], max_new_tokens=200)
+    assert capacities == [300, 364, 428, 492, 500]
 
 
 def test_rows_that_are_over_leave_the_batch(make_model: ModelMaker) -> None:

@@ -12,17 +12,17 @@ Seed = int | tuple[int, ...]
 
 
 class Memory(NamedTuple):
-    """What a model has read of one conversation.
+    """What a model has read of one conversation; the batch that goes on from it takes it apart.
 
     Shapes: H key/value heads, T tokens, D head size.
     """
 
     ids: tuple[int, ...]
-    layers: tuple[tuple[Tensor, Tensor], ...]
-    """Keys and values of each layer, shape ``(H, T, D)``."""
+    layers: list[tuple[Tensor, Tensor]]
+    """Keys and values of each layer, shape ``(H, T, D)``; none once they were taken."""
 
 
-NOTHING = Memory((), ())
+NOTHING = Memory((), [])
 
 
 class Prompt(NamedTuple):
@@ -32,7 +32,8 @@ class Prompt(NamedTuple):
     """All of it, what was read before too."""
     seed: Seed = 0
     memory: Memory = NOTHING
-    """What was read before; where it differs from `ids`, the rest of it is of no use."""
+    """What was read before; where it differs from `ids`, the rest of it is of no use. Serves once:
+    its layers are taken out, so that they and the batch's copies are not kept side by side."""
 
 
 class Continuation(NamedTuple):

@@ -78,11 +78,12 @@ class Dialogues:
         self._check_number(len(conversations), len(seeds))
         ids = self._readable(conversations)
         positions = num_positions(self._model)
+        memories, self._memories = self._memories, {}  # handed over: freed as a batch takes them
         fitting = [place for place in ids if len(ids[place]) < positions]
         with generating(self._model):
             found = continue_all(
                 self._model,
-                [Prompt(ids[i], seeds[i], self._memories.get(i, NOTHING)) for i in fitting],
+                [Prompt(ids[i], seeds[i], memories.pop(i, NOTHING)) for i in fitting],
                 ends=end_tokens(self._model, self._tokenizer),
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,

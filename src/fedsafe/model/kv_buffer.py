@@ -11,6 +11,9 @@ from typing import Any, Self
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+_STEP = 64
+"""Columns that a full buffer grows by: a copy of all of it every so many tokens."""
+
 
 class KVBuffer(CacheLayerMixin):
     """One layer of a `transformers.Cache`; holds every token, as full attention needs it."""
@@ -34,11 +37,16 @@ class KVBuffer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         begin, end = self.length, self.length + key_states.shape[2]
         if end > self._keys.shape[2]:
-            self.reserve(max(end, 2 * begin))
+            self.reserve(max(end, begin + _STEP) if begin else end)
         self._keys[:, :, begin:end] = key_states
         self._values[:, :, begin:end] = value_states
         self.length = end
         return self._keys[:, :, :end], self._values[:, :, :end]
+
+    def make_room(self, columns_left: int) -> None:
+        """Room for the next column and some after it, of so many that are to come at most."""
+        if self.length == self._keys.shape[2]:
+            self.reserve(self.length + min(_STEP, columns_left))
 
     def reserve(self, capacity: int) -> None:
         """Make room for so many columns, those in use counted."""

@@ -8,7 +8,7 @@ Shapes: B rows, T columns of the batch, N columns read now, K tokens to draw, V 
 vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -34,8 +34,6 @@ _MAX_READ = 16384
 """Tokens that are read at a time, padding counted."""
 _PADDING_CPU, _PADDING_GPU = 128, 2048
 """Tokens of padding that cost about as much as another pass through the model."""
-_FIRST_ROOM = 64
-"""Tokens to generate that a batch has room for at first."""
 _LEAVE_SHARE = 0.25
 """Share of a batch that must be over before it leaves."""
 
@@ -68,7 +66,7 @@ def continue_batch(
         if sum(row.over for row in batch.rows) >= _LEAVE_SHARE * len(batch.rows):
             tokens = batch.let_leave(tokens)
         batch.feed(tokens)
-    batch.park(range(len(batch.rows)))
+    batch.park_all()
     return [row.continuation for row in rows]
 
 
@@ -80,7 +78,10 @@ class _Row:
         self.limit = limit
         # without the last token, which is read in any case: its logits are wanted
         pairs = zip(prompt.ids[:-1], prompt.memory.ids, strict=False)
-        self.num_known = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        known = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        self.num_known = known if prompt.memory.layers else 0
+        if not self.num_known:
+            prompt.memory.layers.clear()
         self.generated: list[int] = []
         self.finished = self.over = False
         self.memory = NOTHING
@@ -113,8 +114,7 @@ class _Batch:
         self.rows = [row for group in groups for row in group]
         readings = [_read(model, group) for group in groups]
         self._logits_BV = torch.cat([reading.logits_BV for reading in readings])
-        room = min(longest, _FIRST_ROOM)
-        self._layers = _stack([reading.layers for reading in readings], room=room)
+        self._layers = _stack([reading.layers for reading in readings])
         self._length = self._layers[0].length  # of the columns in use
         masks = [pad(each.mask_BT, (self._length - each.mask_BT.shape[1], 0)) for each in readings]
         self._mask_BT = pad(torch.cat(masks), (0, longest))
@@ -135,6 +135,8 @@ class _Batch:
 
     def feed(self, tokens_B: Tensor) -> None:  # noqa: N803
         """Let the model read a token of each row."""
+        for layer in self._layers:
+            layer.make_room(self._mask_BT.shape[1] - self._length)
         self._mask_BT[:, self._length] = 1
         self._length += 1
         output = self._model(
@@ -168,13 +170,26 @@ class _Batch:
 
     def park(self, places: Sequence[int]) -> None:
         """Keep what was read of some rows."""
-        if not self._remember:
-            return
-        for place in places:
+        if self._remember and places:
+            self._copy(places, iter(self._layers))
+
+    def park_all(self) -> None:
+        """Keep what was read of all rows; a layer of the batch is freed once it is copied."""
+        if self._remember:
+            self._copy(range(len(self.rows)), _taken_out(self._layers))
+
+    def _copy(self, places: Sequence[int], layers: Iterator[KVBuffer]) -> None:
+        device = self._mask_BT.device
+        masks = self._mask_BT[torch.tensor(places, device=device)].cpu()  # waits for a GPU once
+        columns = []
+        for place, mask in zip(places, masks, strict=True):
             row = self.rows[place]
             ids = (*row.prompt.ids, *row.generated[:-1])  # the last one was not read
-            columns = self._mask_BT[place].nonzero()[: len(ids), 0]
-            row.memory = Memory(ids, tuple(layer.row(place, columns) for layer in self._layers))
+            columns.append(mask.nonzero()[: len(ids), 0].to(device))
+            row.memory = Memory(ids, [])
+        for layer in layers:
+            for place, used in zip(places, columns, strict=True):
+                self.rows[place].memory.layers.append(layer.row(place, used))
 
 
 class _Reading(NamedTuple):
@@ -214,28 +229,34 @@ def _read(model: Model, rows: Sequence[_Row]) -> _Reading:
 
 
 def _remembered(rows: Sequence[_Row], *, room: int) -> list[KVBuffer]:
-    """Each layer's keys and values of what the rows know; zeros where that is nothing."""
+    """Each layer's keys and values of what the rows know; zeros where that is nothing.
+
+    A layer of the memories is freed once it is copied.
+    """
+    memories = [row.prompt.memory.layers for row in rows]
     some = next(row.prompt.memory.layers for row in rows if row.num_known)
-    memories = [(row.prompt.memory.layers or some, row.num_known) for row in rows]
-    return [
-        KVBuffer.stack(
-            [
-                (layers[i][0][None, :, :known], layers[i][1][None, :, :known])
-                for layers, known in memories
-            ],
-            room=room,
-        )
-        for i in range(len(some))
-    ]
+    layers = []
+    while some:
+        any_row = some[0]  # of a row that knows nothing, no column is copied
+        taken = [memory.pop(0) if memory else any_row for memory in memories]
+        known = [
+            (keys[None, :, : row.num_known], values[None, :, : row.num_known])
+            for row, (keys, values) in zip(rows, taken, strict=True)
+        ]
+        layers.append(KVBuffer.stack(known, room=room))
+    return layers
 
 
-def _stack(batches: Sequence[list[KVBuffer]], *, room: int) -> list[KVBuffer]:
-    """Each layer's batches one below the other, with room for further columns."""
+def _stack(batches: Sequence[list[KVBuffer]]) -> list[KVBuffer]:
+    """Each layer's batches one below the other; a layer of theirs is freed once it is copied."""
     if len(batches) == 1:
-        for layer in batches[0]:
-            layer.reserve(layer.length + room)
         return batches[0]
     return [
-        KVBuffer.stack([layer.in_use for layer in same], room=room)
-        for same in zip(*batches, strict=True)
+        KVBuffer.stack([layer.in_use for layer in same], room=0)
+        for same in zip(*map(_taken_out, batches), strict=True)
     ]
+
+
+def _taken_out(layers: list[KVBuffer]) -> Iterator[KVBuffer]:
+    while layers:
+        yield layers.pop(0)
