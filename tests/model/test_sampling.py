@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedsafe.model.sampling import draws, next_tokens
+from fedsafe.model.sampling import checked, draws, next_tokens
 
 
 def test_a_row_draws_the_same_numbers_whatever_is_beside_and_behind_them() -> None:
@@ -52,4 +52,4 @@ def test_half_precision_is_sampled_in_full() -> None:
 def test_a_model_that_computes_nan_is_an_error(number: float | None) -> None:
     logits = torch.tensor([[0.0, 1.0], [0.0, torch.nan]])
     with pytest.raises(ValueError, match="computes NaN or infinite logits"):
-        next_tokens(logits, None if number is None else torch.full((2,), number), 1.0)
+        checked(next_tokens(logits, None if number is None else torch.full((2,), number), 1.0))

@@ -28,7 +28,7 @@ from fedsafe.model.continuation import (
 from fedsafe.model.grouping import of_like_length
 from fedsafe.model.kv_buffer import KVBuffer
 from fedsafe.model.rereading import pad_left
-from fedsafe.model.sampling import draws, next_tokens
+from fedsafe.model.sampling import checked, draws, next_tokens
 
 _MAX_READ = 16384
 """Tokens that are read at a time, padding counted."""
@@ -129,7 +129,7 @@ class _Batch:
         draws_B = None if self._draws_BK is None else self._draws_BK[:, self._num_taken]  # noqa: N806
         tokens_B = next_tokens(self._logits_BV, draws_B, self._temperature)  # noqa: N806
         self._num_taken += 1
-        for row, token in zip(self.rows, tokens_B.tolist(), strict=True):
+        for row, token in zip(self.rows, checked(tokens_B), strict=True):
             row.take(token, ends)
         return tokens_B
 
