@@ -75,6 +75,23 @@ def test_whether_a_model_keeps_plain_memory_is_told_by_its_kind(
     assert has_plain_memory(make_model(family)) == (family in PLAIN)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope", "linear"])
+def test_angles_that_the_length_changes_are_not_kept(make_model: ModelMaker, kind: str) -> None:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4} if kind == "longrope" else {}
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0, **factors}
+    model = make_model("llama", rope_parameters=rope, max_position_embeddings=16)
+    assert has_plain_memory(model) == (kind == "linear")
+
+
+@pytest.mark.oracle
+def test_a_row_is_turned_by_its_own_length(make_model: ModelMaker) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = make_model("llama", rope_parameters=rope, max_position_embeddings=16)
+    model.config.max_position_embeddings = 64  # the angles change beyond the 16 of before
+    found = go_on(model, [Prompt(ids) for ids in IDS])
+    assert [each.ids for each in found] == one_by_one(model, IDS)
+
+
 @pytest.mark.oracle
 @pytest.mark.parametrize("family", PLAIN + REREADING)
 def test_two_greedy_turns_are_those_of_generate_one_by_one(
@@ -129,6 +146,24 @@ def test_rereading_draws_the_same_tokens(
     assert [each.ids for each in go_on(model, prompts, temperature=1.0)] == [
         each.ids for each in expected
     ]
+
+
+def test_rereading_leaves_the_checkpoints_own_settings_out(make_model: ModelMaker) -> None:
+    model = make_model("mistral")
+    expected = go_on(model, [Prompt(ids) for ids in IDS])
+    model.generation_config.update(repetition_penalty=9.0, suppress_tokens=expected[0].ids)
+    own = model.generation_config
+    assert go_on(model, [Prompt(ids) for ids in IDS]) == expected
+    assert model.generation_config is own
+    assert own.repetition_penalty == 9.0
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_model_that_computes_nan_is_an_error(make_model: ModelMaker, family: str) -> None:
+    model = make_model(family)
+    model.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="computes NaN or infinite logits"):
+        go_on(model, [Prompt(ids) for ids in IDS])
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -249,6 +284,14 @@ def test_each_row_goes_on_to_its_own_last_position(make_model: ModelMaker, famil
     assert not any(each.finished for each in found)
     longer = go_on(model, prompts[:2])
     assert [each.ids for each in longer] == [each.ids for each in found[:2]]
+
+
+def test_a_row_without_positions_waits_for_the_others(make_model: ModelMaker) -> None:
+    model = make_model("gpt2")
+    prompts = [Prompt(ids) for ids in random_ids(63, 9, 9, 9, 9, 9, 9, 9)]
+    found = go_on(model, prompts, max_new_tokens=12)
+    assert [len(each.ids) for each in found] == [1] + [12] * 7
+    assert [each.ids for each in found[1:]] == one_by_one(model, [row.ids for row in prompts[1:]])
 
 
 def test_no_tokens_to_generate_are_refused(make_model: ModelMaker) -> None:

@@ -117,6 +117,21 @@ def test_modes_and_attention_are_restored_after_an_error(
     assert model.config._attn_implementation == PACKED
 
 
+def test_modes_are_restored_where_attention_cannot_be_set(
+    model: Model, answer: Answer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def halfway(implementation: str) -> None:
+        model.config._attn_implementation = implementation
+        if implementation != PACKED:
+            raise RuntimeError("no such attention")
+
+    model.set_attn_implementation(PACKED)
+    monkeypatch.setattr(model, "set_attn_implementation", halfway)
+    with pytest.raises(RuntimeError, match="no such attention"):
+        answer("hi")
+    assert model.config._attn_implementation == PACKED
+
+
 def test_a_model_that_trains_with_packed_attention_answers_the_same(
     folder: Path, model: Model, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -149,18 +164,19 @@ def test_a_prompt_longer_than_the_model_reads_is_an_error(answer: Answer) -> Non
         answer("x" * 300)
 
 
-@pytest.mark.parametrize("as_list", [False, True])
+@pytest.mark.parametrize("own", ["alone", "first", "last"])
 def test_an_answer_ends_at_the_models_own_end_too(
-    answer: Answer, model: Model, tokenizer: PreTrainedTokenizerBase, as_list: bool
+    answer: Answer, model: Model, tokenizer: PreTrainedTokenizerBase, own: str
 ) -> None:
     text = next(each for each in answer(*TEXTS) if len(set(each)) > 1)
     question = TEXTS[answer(*TEXTS).index(text)]
     last = next(c for c in text if c != text[0])
     end = tokenizer.convert_tokens_to_ids(last)
-    model.generation_config.eos_token_id = [end, 2] if as_list else end
-    assert answer(question)[0].rstrip(last) == text[: text.index(last)]
+    ends = {"alone": end, "first": [end, 2], "last": [2, end]}
+    model.generation_config.eos_token_id = ends[own]
+    assert answer(question)[0] == text[: text.index(last)]  # without that of the end
     tokenizer.eos_token_id = tokenizer.convert_tokens_to_ids(text[0])
-    assert answer(question)[0].rstrip(text[0]) == ""
+    assert answer(question)[0] == ""
 
 
 def test_special_tokens_are_not_part_of_the_answer(answer: Answer) -> None:

@@ -48,6 +48,11 @@ class Continuation(NamedTuple):
     memory: Memory = NOTHING
     """The prompt and all but the last token generated, which nothing has read yet."""
 
+    @property
+    def said(self) -> list[int]:
+        """The tokens without that of the end, which not every tokenizer marks as special."""
+        return self.ids[:-1] if self.finished else self.ids
+
 
 def base_of(model: Model) -> Any:
     """The model of transformers without PEFT's wrapping."""
@@ -63,5 +68,7 @@ def end_tokens(model: Model, tokenizer: PreTrainedTokenizerBase) -> frozenset[in
 
 def num_positions(model: Model) -> int:
     """Tokens that the model can read at most."""
-    positions: int | None = getattr(model.config, "max_position_embeddings", None)
+    positions: int | None = getattr(
+        base_of(model).config.get_text_config(), "max_position_embeddings", None
+    )
     return sys.maxsize if positions is None else positions

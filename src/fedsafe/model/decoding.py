@@ -1,13 +1,14 @@
 """What follows prompts of token ids: rows of like length go through the model together.
 
-A row depends on its prompt and its seed, never on the rows beside it.
+A row depends on its prompt and its seed, not on the rows beside it, but for rounding: in bfloat16
+that differs between batch sizes and may turn a close call.
 """
 
 import inspect
 import sys
 from collections.abc import Sequence
 
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from fedsafe.model.continuation import Continuation, Model, Prompt, base_of, num_positions
@@ -71,7 +72,7 @@ def has_plain_memory(model: Model) -> bool:
     """Whether what the model keeps of a token are keys and values that all later tokens see.
 
     Not so with sliding windows and recurrent layers, nor where attention counts columns because
-    it is given no positions.
+    it is given no positions, nor where a token is turned by an angle that the length changes.
     """
     base = base_of(model)
     takes = inspect.signature(base.forward).parameters
@@ -79,10 +80,21 @@ def has_plain_memory(model: Model) -> bool:
         return False
     if "local" in getattr(base.config, "attention_layers", ()):  # GPT-Neo's sliding windows
         return False
+    if _turns_by_length(base.config.get_text_config()):
+        return False
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=base.config).layers)
 
 
+def _turns_by_length(config: PreTrainedConfig) -> bool:
+    """Whether the longest row of a batch decides the rotary angles of all."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(each for each in rope.values() if isinstance(each, dict))]  # one a layer type
+    return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
+
+
 def _max_padding(model: Model) -> int:
-    if base_of(model)._is_stateful:  # some carry the padding along, whatever the mask
+    base = base_of(model)
+    # some carry the padding along, whatever the mask
+    if base._is_stateful or _turns_by_length(base.config.get_text_config()):
         return 0
     return _PADDING_CPU if model.device.type == "cpu" else _PADDING_GPU

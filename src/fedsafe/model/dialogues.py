@@ -63,7 +63,8 @@ class Dialogues:
         """The model's next turn in each conversation; None where there is no conversation.
 
         Called again with the same conversations grown by some turns, it reads the new part only.
-        A conversation's answer depends on it and its seed, not on the others.
+        A conversation's answer depends on it and its seed, not on the others, but for rounding:
+        in bfloat16 that differs between batch sizes and may turn a close call.
 
         Args:
             conversations: Each ends with a user's turn; as many as in the first call, None for
@@ -110,7 +111,7 @@ class Dialogues:
     def _answer(self, said: Continuation | None, *, unreadable: bool) -> Answer:
         if said is None:
             return Answer("", 0, 0, finished=False, fits=False, unreadable=unreadable)
-        text = str(self._tokenizer.decode(said.ids, skip_special_tokens=True)).strip()
+        text = str(self._tokenizer.decode(said.said, skip_special_tokens=True)).strip()
         return Answer(text, len(said.ids), said.num_read, said.finished)
 
     def _check_number(self, num_conversations: int, num_seeds: int) -> None:

@@ -104,7 +104,7 @@ def _texts(
             temperature=temperature,
             max_rows=batch_size,
         )
-    return [str(tokenizer.decode(each.ids, skip_special_tokens=True)) for each in found]
+    return [str(tokenizer.decode(each.said, skip_special_tokens=True)) for each in found]
 
 
 def prompt_ids(
@@ -130,10 +130,10 @@ def generating(model: Model) -> Iterator[None]:
     base = base_of(model)
     attention = base.config._attn_implementation
     modes = [(module, module.training) for module in model.modules()]  # they need not be the same
-    if attention == PACKED:
-        base.set_attn_implementation("sdpa")
-    model.eval()
     try:
+        if attention == PACKED:
+            base.set_attn_implementation("sdpa")
+        model.eval()
         with torch.no_grad():
             yield
     finally:

@@ -4,14 +4,16 @@ For models whose keys and values cannot be kept, cropped and put side by side: s
 recurrent layers, attention that counts columns instead of positions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from fedsafe.model.continuation import Continuation, Model, Prompt
-from fedsafe.model.sampling import draws, next_tokens
+from fedsafe.model.continuation import Continuation, Model, Prompt, base_of
+from fedsafe.model.sampling import checked, draws, next_tokens
 
 
 def continue_rereading(
@@ -33,21 +35,37 @@ def continue_rereading(
     """
     ids_BT, mask_BT = pad_left([prompt.ids for prompt in prompts])  # noqa: N806
     pick = _OwnDraws([prompt.seed for prompt in prompts], limit, temperature)
-    output_BT = model.generate(  # type: ignore[operator]  # noqa: N806
-        input_ids=ids_BT.to(model.device),
-        attention_mask=mask_BT.to(model.device),
-        max_new_tokens=limit,
-        pad_token_id=min(ends, default=0),
-        eos_token_id=sorted(ends) or None,
-        do_sample=False,
-        logits_processor=LogitsProcessorList([pick]),
-    )
+    with _without_own_settings(model) as base:
+        output_BT = base.generate(  # noqa: N806
+            input_ids=ids_BT.to(model.device),
+            attention_mask=mask_BT.to(model.device),
+            max_new_tokens=limit,
+            pad_token_id=min(ends, default=0),
+            eos_token_id=sorted(ends) or None,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([pick]),
+        )
     rows = output_BT[:, ids_BT.shape[1] :].tolist()
     cut = [_until_end(row, ends) for row in rows]
     return [
         Continuation(ids, ids[-1] in ends, len(prompt.ids))
         for ids, prompt in zip(cut, prompts, strict=True)
     ]
+
+
+@contextmanager
+def _without_own_settings(model: Model) -> Iterator[Any]:
+    """The base without its checkpoint's penalties, beams and the like.
+
+    `generate` takes from there whatever it is not told, from a configuration handed to it too.
+    """
+    base = base_of(model)
+    own = base.generation_config
+    base.generation_config = GenerationConfig()
+    try:
+        yield base
+    finally:
+        base.generation_config = own
 
 
 def pad_left(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
@@ -82,4 +100,5 @@ class _OwnDraws(LogitsProcessor):
             draws_B = self._draws_BK[:, self._step].to(scores.device)  # noqa: N806
         self._step += 1
         chosen = next_tokens(scores, draws_B, self._temperature)
+        checked(chosen)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)

@@ -168,11 +168,13 @@ class _VllmSpeech(Speech):
 
     def _answer(self, output: Any) -> Answer:
         said = output.outputs[0]
+        finished = said.finish_reason == "stop"
+        ids = said.token_ids[:-1] if finished else said.token_ids  # without that of the end
         return Answer(
-            str(self._tokenizer.decode(said.token_ids, skip_special_tokens=True)).strip(),
+            str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip(),
             num_tokens=len(said.token_ids),
             num_read=len(output.prompt_token_ids) - (output.num_cached_tokens or 0),
-            finished=said.finish_reason == "stop",
+            finished=finished,
         )
 
 
