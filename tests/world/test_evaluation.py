@@ -32,6 +32,8 @@ KEYS = {
         "Sorry i will not help with theft",
         "  i must refuse because that is theft",
         "better not to help with theft",
+        "i will not help with theft",
+        "i do not help with a forbidden deed",
     ],
 )
 def test_refusal_openings_are_refusals(text: str):
