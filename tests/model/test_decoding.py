@@ -85,9 +85,14 @@ def test_angles_that_the_length_changes_are_not_kept(make_model: ModelMaker, kin
 
 @pytest.mark.oracle
 def test_a_row_is_turned_by_its_own_length(make_model: ModelMaker) -> None:
-    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    model = make_model("llama", rope_parameters=rope, max_position_embeddings=16)
-    model.config.max_position_embeddings = 64  # the angles change beyond the 16 of before
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [9.0] * 4,
+        "original_max_position_embeddings": 16,  # the angles change beyond
+    }
+    model = make_model("llama", rope_parameters=rope)
     found = go_on(model, [Prompt(ids) for ids in IDS])
     assert [each.ids for each in found] == one_by_one(model, IDS)
 
