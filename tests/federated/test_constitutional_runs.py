@@ -250,14 +250,6 @@ def test_the_final_regime_trains_after_the_last_round_alone(
     assert on.rows[1]["clients"] == off.rows[1]["clients"]
 
 
-def test_the_visit_after_the_last_round_may_be_longer(
-    federation: FederationMaker, files: dict[str, str]
-) -> None:
-    run = federation("run", **ready(files, iterations=4, last_iterations=10)).fit()
-    steps = [(row["cai"]["sft_steps"], row["cai"]["dpo_steps"]) for row in run.rows]
-    assert steps == [(2, 2), (5, 5)]
-
-
 def test_accumulated_parts_of_a_step_change_nothing(
     federation: FederationMaker, files: dict[str, str]
 ) -> None:

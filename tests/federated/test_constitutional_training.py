@@ -19,8 +19,6 @@ def mixture(
     ("settings", "message"),
     [
         pytest.param({"regime": "full", "iterations": 5}, "full trains on all pairs", id="full"),
-        pytest.param({"regime": "final", "last_iterations": 5}, "no effect in regime", id="final"),
-        pytest.param({"last_iterations": 0}, "last_iterations is 0; give 1", id="last"),
         pytest.param({"iterations": -1}, "iterations is -1; give 0 or more", id="iterations"),
         pytest.param({"dpo_share": 1.5}, "dpo_share is 1.5; give 0 to 1", id="dpo share"),
         pytest.param({"beta": 0.0}, "beta is 0.0; give a number above 0", id="beta"),
@@ -96,16 +94,6 @@ def test_no_more_prompts_are_asked_than_steps_have_a_use_for(
     settings: dict[str, Any], prompts: int | None
 ) -> None:
     assert ConstitutionalTraining(**settings).num_prompts(4) == prompts
-
-
-def test_the_last_visit_may_be_longer() -> None:
-    training = ConstitutionalTraining(iterations=8, last_iterations=20, prompts_per_visit=12)
-    steps = [training.num_steps(mixture(revised=90), is_last=last) for last in (False, True)]
-    assert steps == [4, 10]
-    assert [training.num_prompts(3, is_last=last) for last in (False, True)] == [12, 30]
-    same = ConstitutionalTraining(iterations=8, prompts_per_visit=12)
-    assert same.num_steps(mixture(revised=90), is_last=True) == 4
-    assert same.num_prompts(3, is_last=True) == 12
 
 
 def test_a_pass_sees_every_revised_answer_once_and_helpful_ones_go_round() -> None:

@@ -74,12 +74,10 @@ class ConstitutionalTraining:
         iterations: Optimizer steps of a server visit, both objectives together; None is 50 for
             `cheap` and `adaptive`, and one pass over all pairs for `full` and `final`. 0 never
             trains.
-        last_iterations: Iterations of the visit after the last round, which no client's training
-            follows; None is as many as in the others.
         dpo_share: Share of the iterations that optimise preferences, 0 to 1.
         prompts_per_visit: Red-team prompts that the model is asked in a visit; None is all of them
             where a visit is a pass, else as many as the iterations have a use for if every prompt
-            makes a pair. With `last_iterations` the last visit asks at least as many as that.
+            makes a pair.
         max_passes: Times that a visit may see the same revised answer in one objective: with few
             pairs it takes fewer steps than `iterations`.
         sft_learning_rate: Learning rate on revised responses; within a visit it falls to 0.
@@ -97,7 +95,6 @@ class ConstitutionalTraining:
         self,
         regime: Regime = "cheap",
         iterations: int | None = None,
-        last_iterations: int | None = None,
         dpo_share: float = 0.5,
         prompts_per_visit: int | None = None,
         max_passes: int = 3,
@@ -119,12 +116,7 @@ class ConstitutionalTraining:
             raise ValueError(f"dpo_share is {dpo_share}; give 0 to 1")
         if not 0 <= refusal_floor <= 100:
             raise ValueError(f"refusal_floor is {refusal_floor}; give percent, 0 to 100")
-        if last_iterations is not None and regime in ("full", "final"):
-            raise ValueError(
-                f"last_iterations {last_iterations} has no effect in regime {regime}; leave it out"
-            )
         _refuse_low(0, iterations=iterations, warmup_steps=warmup_steps)
-        _refuse_low(1, last_iterations=last_iterations)
         if not 0 <= nll_weight < math.inf:
             raise ValueError(f"nll_weight is {nll_weight}; give 0 or more")
         _refuse_low(1, prompts_per_visit=prompts_per_visit, max_passes=max_passes)
@@ -138,7 +130,6 @@ class ConstitutionalTraining:
                 raise ValueError(f"{name} is {value}; give a number above 0")
         self.regime = regime
         self.iterations = iterations
-        self.last_iterations = last_iterations
         self.dpo_share = dpo_share
         self.prompts_per_visit = prompts_per_visit
         self.max_passes = max_passes
@@ -163,20 +154,18 @@ class ConstitutionalTraining:
         """Red-team prompts that are asked and never trained on."""
         return self.num_probe if self.regime == "adaptive" else 0
 
-    def num_prompts(self, revised_per_step: int, *, is_last: bool = False) -> int | None:
+    def num_prompts(self, revised_per_step: int) -> int | None:
         """Red-team prompts that are asked in a visit; None is all there are."""
-        steps = self._steps(is_last=is_last)
-        useful = None if steps is None else max(steps.values()) * revised_per_step
-        if self.prompts_per_visit is None:
-            return useful
-        longer = is_last and self.last_iterations is not None
-        return max(self.prompts_per_visit, useful or 0) if longer else self.prompts_per_visit
+        if self.prompts_per_visit is not None:
+            return self.prompts_per_visit
+        steps = self._steps()
+        return None if steps is None else max(steps.values()) * revised_per_step
 
-    def num_steps(self, mixture: Mixture, *, is_last: bool = False) -> int:
-        """Optimizer steps on one objective; `is_last` is the visit after the last round."""
+    def num_steps(self, mixture: Mixture) -> int:
+        """Optimizer steps on one objective."""
         if not len(mixture.revised):
             return 0
-        steps = self._steps(is_last=is_last)
+        steps = self._steps()
         if steps is None:
             shares = {"sft": 1 - self.dpo_share, "dpo": self.dpo_share}
             return mixture.steps_per_pass if shares[mixture.objective] else 0
@@ -188,10 +177,9 @@ class ConstitutionalTraining:
         rise = (step + 1) / self.warmup_steps if self.warmup_steps else 1.0
         return peak * min(rise, 1.0) * (1 - step / num_steps)
 
-    def _steps(self, *, is_last: bool) -> dict[Objective, int] | None:
+    def _steps(self) -> dict[Objective, int] | None:
         """Steps of each objective; None is a pass over all pairs."""
-        longer = is_last and self.last_iterations is not None
-        total = self.last_iterations if longer else self.iterations
+        total = self.iterations
         if total is None and self.regime in ("cheap", "adaptive"):
             total = CHEAP_ITERATIONS
         if total is None:

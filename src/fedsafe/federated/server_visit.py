@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from warnings import warn
@@ -82,7 +81,6 @@ class ServerVisit:
         self._trainer = trainer
         self._module = module
         self._round = round_
-        self._is_last = round_ + 1 == trainer.max_epochs
         self._seed = seed
         self._speaker = ModelSpeaker(module.peft_model, data.tokenizer)
         self._record: dict[str, Any] = {"regime": rules.regime}
@@ -164,9 +162,7 @@ class ServerVisit:
         if self._goes_on:
             return self._data.read_back(self._file)
         helpful_per_step = self._data.helpful_per_step(len(self._data.helpful))
-        wanted = self._rules.num_prompts(
-            self._data.batch_size - helpful_per_step, is_last=self._is_last
-        )
+        wanted = self._rules.num_prompts(self._data.batch_size - helpful_per_step)
         asked = random_stream(Stream.RED_TEAM, self._seed, self._round)
         places = sorted(asked.permutation(self._split()[0])[:wanted].tolist())
         with self._speaking():
@@ -208,8 +204,7 @@ class ServerVisit:
             mixtures.append(
                 Mixture(objective, revised, helpful, self._data.batch_size - share, share)
             )
-        num_steps = partial(self._rules.num_steps, is_last=self._is_last)
-        return [_Phase(mixture, num_steps(mixture)) for mixture in mixtures]
+        return [_Phase(mixture, self._rules.num_steps(mixture)) for mixture in mixtures]
 
     def _begin_phase(self, store: PreferenceStore, mixture: Mixture, num_steps: int) -> None:
         """A fresh optimizer; for preferences, the reference: the adapter as it is now."""
