@@ -259,21 +259,21 @@ def _name_of(row: dict[str, Any]) -> str:
 
 
 def draw_table(summary: Sequence[dict[str, Any]], file: Path) -> None:
-    """Safety and help of each method, side by side; a PNG."""
-    figure, panel = plt.subplots(figsize=(max(8, 1.35 * len(summary)), 3.6))
-    labels = [_name_of(row).replace(" ", "\n") for row in summary]
+    """Safety and help of each method, the first on top; a PNG."""
+    figure, panel = plt.subplots(figsize=(8, 0.5 * len(summary) + 1.2))
     measures = {"refusal_rate": "harmful requests refused", "help_rate": "benign requests helped"}
     for offset, (name, label) in enumerate(measures.items()):
         means = [row["metrics"][name]["mean"] for row in summary]
         spreads = [row["metrics"][name]["spread"] for row in summary]
         places = [number + (offset - 0.5) * 0.38 for number in range(len(summary))]
-        panel.bar(places, means, width=0.36, yerr=spreads, capsize=3, label=label)
-    panel.set_xticks(range(len(summary)), labels)
-    panel.set_ylabel("percent")
-    panel.set_ylim(0, 118)
-    panel.legend(loc="upper center", ncols=2, frameon=False)
+        panel.barh(places, means, height=0.36, xerr=spreads, capsize=2, label=label)
+    panel.set_yticks(range(len(summary)), [_name_of(row) for row in summary])
+    panel.invert_yaxis()
+    panel.set_xlabel("percent")
+    panel.set_xlim(0, 104)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     panel.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
+    figure.set_layout_engine("constrained")
     _save(figure, file)
 
 
