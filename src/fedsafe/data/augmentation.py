@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from fedsafe.data.output_files import json_line, write_whole
 from fedsafe.data.pairs import load_pairs
 from fedsafe.data.preferences import PreferenceStore
 from fedsafe.data.prompts import load_prompts
@@ -174,7 +175,8 @@ class CaiAugmentation:
         if not self._keep_refusals or not kept:
             refusals = []
         own = [_refusal(each) for each in refusals]
-        _write_whole(file, [*map(pair_record, kept), *map(_plain_record, own)])
+        records = [*map(pair_record, kept), *map(_plain_record, own)]
+        write_whole(file, map(json_line, records))
         return counts, self.store_of([*(each.pair for each in kept), *own])
 
     def read_back(self, file: Path) -> PreferenceStore:
@@ -227,14 +229,6 @@ def _plain_record(pair: PreferencePair) -> dict[str, Any]:
     """An answer without a worse one, as a plain conversation, which `load_pairs` reads."""
     answer: Turn = {"role": "assistant", "content": pair.chosen}
     return {"messages": [*pair.prompt, answer]}
-
-
-def _write_whole(file: Path, records: Sequence[dict[str, Any]]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(file.name + ".tmp")
-    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    scratch.write_text("".join(lines), encoding="utf-8")
-    scratch.replace(file)
 
 
 def _digest(*parts: Sequence[RedTeamPrompt | PreferencePair]) -> str:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
+from fedsafe.data.output_files import write_whole
 from fedsafe.data.sources import Rejected, bad_rows_error, no_rows_error, report_rejected
 from fedsafe.federated.partition import Partition
 from fedsafe.safety.filter import Policy, SafetyFilter, verdict_columns
@@ -114,18 +115,10 @@ class FilteredSamples:
 
     def write(self, folder: Path) -> None:
         """Write `filter.jsonl`, a line a judged sample, and `filter.json`, counts; each whole."""
-        folder.mkdir(parents=True, exist_ok=True)
         lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in self._record.lines())
-        _write_whole(folder / "filter.jsonl", lines)
+        write_whole(folder / "filter.jsonl", lines)
         counts = json.dumps(self.report.as_dict(), ensure_ascii=False, indent=1) + "\n"
-        _write_whole(folder / "filter.json", [counts])
-
-
-def _write_whole(file: Path, parts: Iterable[str]) -> None:
-    scratch = file.with_name(file.name + ".tmp")
-    with scratch.open("w", encoding="utf-8") as out:
-        out.writelines(parts)
-    scratch.replace(file)
+        write_whole(folder / "filter.json", [counts])
 
 
 def filter_samples(  # noqa: PLR0913

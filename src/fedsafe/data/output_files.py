@@ -4,7 +4,7 @@ import json
 import os
 import platform
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from glob import escape
 from pathlib import Path
@@ -99,6 +99,15 @@ def check_jsonl(path: Path) -> None:
     """
     if path.suffix != ".jsonl":
         raise ValueError(f"{path} would hold JSON lines; give a name that ends with .jsonl")
+
+
+def write_whole(file: Path, parts: Iterable[str]) -> None:
+    """Write one file beside its place and move it there: it is whole, or what it was."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_name(file.name + ".tmp")
+    with scratch.open("w", encoding="utf-8") as out:
+        out.writelines(parts)
+    scratch.replace(file)
 
 
 def json_line(record: dict[str, Any]) -> str:

@@ -140,9 +140,9 @@ class ServerVisit:
 
     def _refuses_enough(self, name: str) -> bool:
         """Ask the held-out prompts, in the adaptive regime."""
-        held_out = self._split()[1]
-        if not len(held_out):
+        if not self._rules.num_held_out:
             return False
+        held_out = self._split()[1]
         self._tell(f"asking {len(held_out)} held-out prompts")
         prompts = [self._data.prompts[place] for place in held_out.tolist()]
         seed = derive_seed(Stream.PROBE, self._seed, self._round, sum(self._num_steps.values()))
