@@ -6,32 +6,32 @@ from torch import Tensor, nn
 
 from fedsafe.federated.aggregation import RefusedUpdateError
 from fedsafe.federated.client_drift import Correction, FedProx, Scaffold
-from fedsafe.model.adapter import FlatAdapter
+from fedsafe.model.flat_adapter import WholeAdapter
 
 RandomAdapters = Callable[..., list[Tensor]]
 SIZE = 50
 
 
 @pytest.fixture
-def adapter() -> FlatAdapter:
+def adapter() -> WholeAdapter:
     """Fifty parameters in two tensors."""
     model = nn.ParameterDict({"a": torch.zeros(6, 5), "b": torch.zeros(20)})
-    return FlatAdapter(model.named_parameters())
+    return WholeAdapter(model.named_parameters())
 
 
-def set_gradient(adapter: FlatAdapter, gradient: Tensor) -> None:
+def set_gradient(adapter: WholeAdapter, gradient: Tensor) -> None:
     for parameter, part in zip(adapter.parameters, adapter.views(gradient), strict=True):
         parameter.grad = part.clone()
 
 
-def corrected(adapter: FlatAdapter, correction: Correction, gradient: Tensor) -> Tensor:
+def corrected(adapter: WholeAdapter, correction: Correction, gradient: Tensor) -> Tensor:
     set_gradient(adapter, gradient)
     correction.apply(adapter)
     return torch.cat([part.flatten() for part in adapter.gradients()])
 
 
 def test_fedprox_adds_the_gradient_of_its_term(
-    adapter: FlatAdapter, random_adapters: RandomAdapters
+    adapter: WholeAdapter, random_adapters: RandomAdapters
 ) -> None:
     start, now, gradient = random_adapters(3)
     adapter.write(now)
@@ -48,7 +48,7 @@ def test_fedprox_refuses_a_push() -> None:
 
 
 def visit(
-    scaffold: Scaffold, adapter: FlatAdapter, client: int, gradients: list[Tensor]
+    scaffold: Scaffold, adapter: WholeAdapter, client: int, gradients: list[Tensor]
 ) -> list[Tensor]:
     """One visit; returns the corrected gradients."""
     correction = scaffold.correction(client, torch.zeros(SIZE))
@@ -58,7 +58,7 @@ def visit(
 
 
 def test_scaffold_moves_both_sides_as_the_paper_says(
-    adapter: FlatAdapter, random_adapters: RandomAdapters
+    adapter: WholeAdapter, random_adapters: RandomAdapters
 ) -> None:
     scaffold, num_clients = Scaffold(), 10
     c = torch.zeros(SIZE)
@@ -79,7 +79,7 @@ def test_scaffold_moves_both_sides_as_the_paper_says(
 
 
 def test_the_first_round_of_scaffold_corrects_nothing_bit_for_bit(
-    adapter: FlatAdapter, random_adapters: RandomAdapters
+    adapter: WholeAdapter, random_adapters: RandomAdapters
 ) -> None:
     gradients = random_adapters(3)
     results = visit(Scaffold(), adapter, 4, gradients)
@@ -87,7 +87,7 @@ def test_the_first_round_of_scaffold_corrects_nothing_bit_for_bit(
 
 
 def test_a_visit_that_was_not_accepted_is_forgotten(
-    adapter: FlatAdapter, random_adapters: RandomAdapters
+    adapter: WholeAdapter, random_adapters: RandomAdapters
 ) -> None:
     scaffold = Scaffold()
     (gradient,) = random_adapters(1)
@@ -97,7 +97,7 @@ def test_a_visit_that_was_not_accepted_is_forgotten(
 
 
 def test_scaffold_goes_on_from_its_state_inside_a_visit_and_a_round(
-    adapter: FlatAdapter, random_adapters: RandomAdapters
+    adapter: WholeAdapter, random_adapters: RandomAdapters
 ) -> None:
     whole, cut = Scaffold(), Scaffold()
     first, second = random_adapters(2, seed=1), random_adapters(2, seed=2)
@@ -123,7 +123,7 @@ def test_scaffold_goes_on_from_its_state_inside_a_visit_and_a_round(
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_a_control_variate_that_is_not_finite_is_refused(
-    adapter: FlatAdapter, random_adapters: RandomAdapters, value: float
+    adapter: WholeAdapter, random_adapters: RandomAdapters, value: float
 ) -> None:
     good, bad = random_adapters(2)
     bad[7] = value
@@ -136,7 +136,7 @@ def test_a_control_variate_that_is_not_finite_is_refused(
 
 
 def test_what_scaffold_restored_follows_the_adapter_to_its_device(
-    adapter: FlatAdapter, random_adapters: RandomAdapters
+    adapter: WholeAdapter, random_adapters: RandomAdapters
 ) -> None:
     scaffold = Scaffold()
     visit(scaffold, adapter, 0, random_adapters(2))

@@ -4,13 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fedsafe.model.adapter import (
-    FlatAdapter,
     adapter_scale,
     read_adapter_config,
     save_adapter,
@@ -20,54 +19,6 @@ from fedsafe.model.lora import save_random_base
 from fedsafe.model.module import LoraLM
 
 ModuleMaker = Callable[..., LoraLM]
-
-
-def test_reading_gives_back_what_was_written(make_module: ModuleMaker) -> None:
-    module = make_module("llama")
-    adapter = module.flat_adapter()
-    vector = torch.randn(adapter.num_params)
-    adapter.write(vector)
-    assert torch.equal(adapter.read(), vector)
-    tensors = get_peft_model_state_dict(module.peft_model, save_embedding_layers=False)
-    assert torch.equal(torch.cat([t.flatten() for t in tensors.values()]), vector)
-
-
-def test_a_read_vector_is_a_copy(make_module: ModuleMaker) -> None:
-    adapter = make_module("gpt2").flat_adapter()
-    before = adapter.read()
-    kept = before.clone()
-    adapter.write(torch.zeros_like(before))
-    assert torch.equal(before, kept)
-
-
-def test_writing_leaves_the_base_alone(make_module: ModuleMaker) -> None:
-    module = make_module("gpt2")
-    frozen = {n: p.clone() for n, p in module.named_parameters() if not p.requires_grad}
-    module.flat_adapter().write(torch.ones(module.flat_adapter().num_params))
-    after = dict(module.named_parameters())
-    assert frozen
-    assert all(torch.equal(value, after[name]) for name, value in frozen.items())
-
-
-def test_views_share_the_vectors_memory() -> None:
-    model = nn.Linear(3, 2)
-    adapter = FlatAdapter(model.named_parameters())
-    vector = torch.zeros(8)
-    weight, bias = adapter.views(vector)
-    weight[1, 2], bias[0] = 5.0, 7.0
-    assert vector.tolist() == [0, 0, 0, 0, 0, 5, 7, 0]
-
-
-def test_a_model_without_trainable_parameters_is_refused() -> None:
-    with pytest.raises(ValueError, match="no trainable parameter; add LoRA"):
-        FlatAdapter(nn.Linear(3, 2).requires_grad_(False).named_parameters())
-
-
-def test_a_parameter_outside_the_loss_is_named() -> None:
-    model = nn.ModuleDict({"used": nn.Linear(2, 1), "unused": nn.Linear(2, 1)})
-    model["used"](torch.ones(1, 2)).sum().backward()
-    with pytest.raises(ValueError, match=r"2 adapter tensors got no gradient.* unused.weight"):
-        FlatAdapter(model.named_parameters()).gradients()
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

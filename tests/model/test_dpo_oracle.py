@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from fedsafe.data.chat import ensure_chat_template
 from fedsafe.data.preferences import PreferenceStore
 from fedsafe.data.tokenizer import load_tokenizer
-from fedsafe.model.adapter import FlatAdapter
+from fedsafe.model.flat_adapter import WholeAdapter
 from fedsafe.model.module import LoraLM
 from fedsafe.types import Conversation, PreferencePair
 
@@ -222,7 +222,7 @@ def arguments(folder: Path, **settings: Any) -> dict[str, Any]:
 def trl_step(module: LoraLM, trainer: Any, adapter: Tensor) -> Step:
     """The loss that TRL's trainer computes on its own tokens, and its gradients."""
     parameters = module.named_parameters()
-    policy = FlatAdapter((name, p) for name, p in parameters if ".default." in name)
+    policy = WholeAdapter((name, p) for name, p in parameters if ".default." in name)
     policy.write(adapter)
     [batch] = trainer.get_train_dataloader()
     loss = trainer.compute_loss(trainer.model.train(), batch)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedsafe.federated.aggregation import RefusedUpdateError
-from fedsafe.model.adapter import FlatAdapter
+from fedsafe.model.flat_adapter import FlatAdapter
 
 
 class Correction(ABC):
@@ -77,9 +77,8 @@ class _Proximal(Correction):
         self.mu = mu
 
     def apply(self, adapter: FlatAdapter) -> None:
-        start = adapter.views(self.start)
-        distances = torch._foreach_sub(adapter.parameters, start)
-        torch._foreach_add_(adapter.gradients(), distances, alpha=self.mu)
+        gradient = adapter.read_gradient()
+        adapter.write_gradient(gradient.add_(adapter.read() - self.start, alpha=self.mu))
 
 
 class FedProx(ClientDrift):
@@ -110,9 +109,9 @@ class _ControlVariates(Correction):
         self.num_steps = 0
 
     def apply(self, adapter: FlatAdapter) -> None:
-        gradients = adapter.gradients()
-        torch._foreach_add_(adapter.views(self.gradient_sum), gradients)
-        torch._foreach_add_(gradients, adapter.views(self.shift))
+        gradient = adapter.read_gradient()
+        self.gradient_sum += gradient
+        adapter.write_gradient(gradient.add_(self.shift))
         self.num_steps += 1
 
     def check(self) -> None:

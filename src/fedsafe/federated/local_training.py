@@ -17,7 +17,7 @@ from fedsafe.data.packing import TrainingBatch
 from fedsafe.federated.client_drift import ClientDrift, Correction
 from fedsafe.federated.server import Update
 from fedsafe.federated.trainer_settings import check_precision_for_drift
-from fedsafe.model.adapter import FlatAdapter
+from fedsafe.model.flat_adapter import FlatAdapter
 from fedsafe.model.module import LoraLM
 
 

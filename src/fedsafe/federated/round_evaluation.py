@@ -9,7 +9,7 @@ from torch import Tensor
 from fedsafe.data.datamodule import GLOBAL_ADAPTER
 from fedsafe.data.loaders import EvaluationBatch
 from fedsafe.federated.server import Server
-from fedsafe.model.adapter import FlatAdapter
+from fedsafe.model.flat_adapter import FlatAdapter
 from fedsafe.model.module import LoraLM
 
 

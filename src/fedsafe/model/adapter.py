@@ -1,12 +1,8 @@
-"""The adapter as one flat float32 vector, read from and written to the model's parameters.
-
-Training, aggregation and checkpoints use the vector; PEFT's own format is for files (see
-`save_adapter`).
-"""
+"""An adapter's strength, and its files in PEFT's own format."""
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
@@ -15,68 +11,12 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.helpers import rescale_adapter_scale
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _OTHER_SCALES = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern")
 """Settings of PEFT that make an adapter's update other than alpha / rank * B @ A."""
-
-
-class FlatAdapter:
-    """The trainable LoRA tensors of one model, as views of a vector.
-
-    Args:
-        named_parameters: ``(name, parameter)`` pairs; those that need no gradient are left out.
-
-    Raises:
-        ValueError: If no parameter is trainable.
-    """
-
-    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-        trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
-        if not trainable:
-            raise ValueError("the model has no trainable parameter; add LoRA before training")
-        self.names = [name for name, _ in trainable]
-        self.parameters: list[Tensor] = [p for _, p in trainable]
-        self._sizes = [p.numel() for p in self.parameters]
-        self.num_params = sum(self._sizes)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the adapter's parameters are."""
-        return self.parameters[0].device
-
-    def views(self, vector: Tensor) -> list[Tensor]:
-        """The vector's slices in the parameters' shapes; they share its memory."""
-        parts = vector.split(self._sizes)
-        return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
-
-    @torch.no_grad()
-    def read(self) -> Tensor:
-        """A copy of the adapter, flat float32, shape ``(num_params,)``."""
-        vector = torch.empty(self.num_params, dtype=torch.float32, device=self.device)
-        torch._foreach_copy_(self.views(vector), self.parameters)
-        return vector
-
-    @torch.no_grad()
-    def write(self, vector: Tensor) -> None:
-        """Overwrite the model's adapter with `vector`, shape ``(num_params,)``."""
-        torch._foreach_copy_(self.parameters, self.views(vector))
-
-    def gradients(self) -> list[Tensor]:
-        """The gradients of the last backward pass, one a parameter.
-
-        Raises:
-            ValueError: If a parameter took no part in the loss.
-        """
-        missing = [n for n, p in zip(self.names, self.parameters, strict=True) if p.grad is None]
-        if missing:
-            raise ValueError(
-                f"{len(missing)} adapter tensors got no gradient, the first is {missing[0]}; "
-                "leave its module out of target_modules"
-            )
-        return [p.grad for p in self.parameters if p.grad is not None]
 
 
 @contextmanager
@@ -109,15 +49,35 @@ def adapter_scale(model: PeftModel, scale: float) -> Iterator[None]:
                 parameter.requires_grad_(required)
 
 
-def save_adapter(model: PeftModel, directory: Path) -> None:
-    """Write the model's adapter in PEFT's format; each file appears whole or not at all.
+def save_adapter(
+    model: PeftModel, directory: Path, *, tensors: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write an adapter in PEFT's format; each file appears whole or not at all.
 
     PEFT's own `save_pretrained` renders a model card besides, which costs more than all the rest.
+
+    Args:
+        model: Gives the adapter's settings and, without `tensors`, its values.
+        directory: Folder of the adapter.
+        tensors: The values by the names of the model's parameters, for a model that this process
+            holds in part only.
+
+    Raises:
+        ValueError: If a tensor is empty, as those of a model that is split over processes are.
     """
+    if tensors is None:
+        # "auto" would ask the model hub whether the vocabulary changed
+        named = get_peft_model_state_dict(model, save_embedding_layers=False)
+    else:
+        named = {name.replace(".default", ""): tensor for name, tensor in tensors.items()}
+    empty = [name for name, tensor in named.items() if not tensor.numel()]
+    if empty or not named:
+        raise ValueError(
+            f"the adapter for {directory} would be saved without values: {len(empty)} of "
+            f"{len(named)} tensors are empty; gather them from all processes first"
+        )
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
     directory.mkdir(parents=True, exist_ok=True)
-    # "auto" would ask the model hub whether the vocabulary changed
-    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     config = copy(model.peft_config["default"])
     config.inference_mode = True  # as PEFT writes it: loaded adapters are frozen unless asked for
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".adapter-") as scratch:

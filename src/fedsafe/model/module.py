@@ -20,7 +20,8 @@ from fedsafe.evaluation.result_files import Subject
 from fedsafe.evaluation.scores import BenchmarkScores
 from fedsafe.federated.schedule import Stream, derive_seed
 from fedsafe.model import attention as packed
-from fedsafe.model.adapter import FlatAdapter, adapter_scale, load_adapter
+from fedsafe.model.adapter import adapter_scale, load_adapter
+from fedsafe.model.flat_adapter import FlatAdapter, WholeAdapter
 from fedsafe.model.identity import refuse_difference
 from fedsafe.model.learning_rate import LearningRateSchedule, learning_rate_factor
 from fedsafe.model.lora import add_lora, load_base
@@ -33,6 +34,7 @@ from fedsafe.model.objectives import (
     sums_per_sample,
 )
 from fedsafe.model.probes import check_isolation, head_is_plain
+from fedsafe.strategies.layout import flat_adapter_under
 
 
 class LoraLM(LightningModule):
@@ -138,8 +140,9 @@ class LoraLM(LightningModule):
         return self.model
 
     def flat_adapter(self) -> FlatAdapter:
-        """The adapter as one vector."""
-        return FlatAdapter(self.peft_model.named_parameters())
+        """The adapter as one vector, under the strategy of the Trainer if there is one."""
+        strategy = self._trainer.strategy if self._trainer is not None else None
+        return flat_adapter_under(strategy, self.peft_model.named_parameters())
 
     def check_data(self, *, vocab_size: int, longest: int, largest_id: int = 0) -> None:
         """Refuse samples that the base cannot read, before one of them fails deep inside it.
@@ -309,7 +312,7 @@ class LoraLM(LightningModule):
     def configure_optimizers(self) -> Optimizer:
         """The local optimizer over the adapter; rounds reset its state at each visit."""
         hp: Any = self.hparams
-        parameters: Iterable[Tensor] = self.flat_adapter().parameters
+        parameters: Iterable[Tensor] = WholeAdapter(self.peft_model.named_parameters()).parameters
         if hp.optimizer == "sgd":
             return SGD(parameters, lr=hp.learning_rate, weight_decay=hp.weight_decay)
         return AdamW(parameters, lr=hp.learning_rate, weight_decay=hp.weight_decay)

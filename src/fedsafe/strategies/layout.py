@@ -1,0 +1,76 @@
+"""`Layout`: which part of a run's work a rank has, under each strategy.
+
+Three kinds of work are shared out. Clients: groups of ranks train different clients at once. A
+client's steps: the ranks of a group train on parts of the same samples. Work without gradients
+(guard, revision, evaluation): each whole copy of the base, a replica, takes some of the items; the
+ranks that hold one replica together do the same in lock-step.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from torch import nn
+
+from fedsafe.model.flat_adapter import FlatAdapter, WholeAdapter
+from fedsafe.peers import ALONE, Peers
+
+
+@dataclass(frozen=True)
+class Layout:
+    """With whom a rank does which part of the work.
+
+    Attributes:
+        clients: The counterparts of this rank in the groups that train other clients at the same
+            time; alone where there is one group.
+        data: The ranks of this rank's group, which share the samples of every step.
+        replicas: One rank of each whole copy of the base.
+        world: All ranks.
+    """
+
+    clients: Peers = ALONE
+    data: Peers = ALONE
+    replicas: Peers = ALONE
+    world: Peers = ALONE
+
+
+class LaidOut(ABC):
+    """A strategy of fedsafe's own, which knows its layout."""
+
+    @property
+    @abstractmethod
+    def layout(self) -> Layout:
+        """Who does what; known once the processes have found each other."""
+
+    def flat_adapter(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> FlatAdapter:
+        """Access to the adapter as this strategy keeps it."""
+        return WholeAdapter(named_parameters)
+
+
+def layout_of(strategy: Strategy) -> Layout:
+    """Who does what under a strategy.
+
+    Raises:
+        ValueError: If fedsafe does not know the strategy.
+    """
+    if isinstance(strategy, LaidOut):
+        return strategy.layout
+    if isinstance(strategy, SingleDeviceStrategy):
+        return Layout()
+    if type(strategy) is DDPStrategy:
+        everyone = Peers(strategy.global_rank, strategy.world_size)
+        return Layout(data=everyone, replicas=everyone, world=everyone)
+    raise ValueError(
+        f"rounds cannot run under {type(strategy).__name__}, whose adapter fedsafe cannot read and "
+        "write; take one of configs/strategy: ddp, fsdp, zero1, zero2, zero3, clients"
+    )
+
+
+def flat_adapter_under(
+    strategy: Strategy | None, named_parameters: Iterable[tuple[str, nn.Parameter]]
+) -> FlatAdapter:
+    """Access to the adapter as a strategy keeps it; None is no strategy at all."""
+    if isinstance(strategy, LaidOut):
+        return strategy.flat_adapter(named_parameters)
+    return WholeAdapter(named_parameters)
