@@ -48,6 +48,8 @@ FLOORS = {
     "federated.constitutional_server": 3,
     "federated.round_evaluation": 3,
     "federated.progress": 3,
+    "federated.planning": 3,
+    "federated.run_files": 3,
     "model.module": 3,
     "data.datamodule": 3,
     "data.filtered": 4,

@@ -150,8 +150,8 @@ def test_a_checkpoint_holds_the_adapter_and_the_federation_but_not_the_base(
     run = federation(rounds=rounds).fit()
     run.trainer.save_checkpoint(run.folder / "a.ckpt")
     saved = torch.load(run.folder / "a.ckpt", weights_only=True)
-    assert len(saved["state_dict"]) == len(run.module.flat_adapter().names)
-    assert all("lora_" in name for name in saved["state_dict"])
+    assert not saved["state_dict"]
+    assert not saved["optimizer_states"]
     federated = next(v for k, v in saved["callbacks"].items() if "FederatedRounds" in k)
     assert torch.equal(federated["server"]["adapter"], run.adapter)
     sizes: dict[int, int] = {}

@@ -130,7 +130,7 @@ def pack_batch(store: TokenStore, key: BatchKey) -> TrainingBatch:
     """The training batch for `key`; without a sample its loss is 0, and so are its gradients."""
     packed = pack([store[index] for index in key.samples.tolist()])
     normalizer = sum(packed.target_counts)
-    if key.num_micro > 1:
+    if key.num_parts > 1:
         normalizer = sum(count_targets(store, index) for index in key.step_samples.tolist())
     return TrainingBatch(**vars(packed), key=key, normalizer=max(1, normalizer))
 

@@ -19,6 +19,8 @@ from fedsafe.federated.server import Update
 from fedsafe.federated.trainer_settings import check_precision_for_drift
 from fedsafe.model.flat_adapter import FlatAdapter
 from fedsafe.model.module import LoraLM
+from fedsafe.peers import ALONE, Peers
+from fedsafe.strategies.layout import layout_of
 
 
 class LocalTraining:
@@ -28,23 +30,30 @@ class LocalTraining:
         adapter: The model's trainable parameters.
         optimizer: Their optimizer; its state is cleared by `begin`.
         correction: Change of the gradients against client drift, or None.
+        peers: The ranks that train on other parts of the same steps.
     """
 
     def __init__(
-        self, adapter: FlatAdapter, optimizer: Optimizer, correction: Correction | None
+        self,
+        adapter: FlatAdapter,
+        optimizer: Optimizer,
+        correction: Correction | None,
+        *,
+        peers: Peers = ALONE,
     ) -> None:
         self.correction = correction
+        self._peers = peers
         self._adapter = adapter
         self._optimizer = optimizer
         self._nll = torch.zeros((), device=adapter.device)
-        self._num_tokens = 0
+        self._num_tokens = torch.zeros((), dtype=torch.int64, device=adapter.device)
         self._num_steps = 0
 
     def begin(self, start: Tensor, *, fresh_optimizer: bool = True) -> None:
         """Load the adapter to start from; the optimizer forgets the client before."""
         self._adapter.write(start)
         if fresh_optimizer:
-            self._optimizer.state.clear()
+            self._adapter.forget(self._optimizer)
 
     def correct_gradients(self) -> None:
         """Call after the backward pass, before the optimizer steps."""
@@ -53,31 +62,38 @@ class LocalTraining:
             self.correction.apply(self._adapter)
 
     def record(self, nll_sum: Tensor, *, num_tokens: int) -> None:
-        """Note the loss of one batch: the sum over its answer tokens, and their number."""
+        """Note the loss of one batch, or part: the sum over its answer tokens, and their number."""
         self._nll += nll_sum
         self._num_tokens += num_tokens
 
     def finish(self) -> Update:
         """The update, once the last step was taken."""
-        loss = self._nll.item() / max(1, self._num_tokens)
-        return Update(self._adapter.read(), loss, self._num_steps, self._num_tokens)
+        nll, num_tokens = (total.item() for total in self._totals())
+        loss = nll / max(1, num_tokens)
+        return Update(self._adapter.read(), loss, self._num_steps, int(num_tokens))
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint inside the visit must hold beside the adapter and the optimizer."""
+        nll, num_tokens = self._totals()
         return {
-            "nll": self._nll,
-            "num_tokens": self._num_tokens,
+            "nll": nll,
+            "num_tokens": num_tokens,
             "num_steps": self._num_steps,
             "correction": self.correction.state_dict() if self.correction is not None else {},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self._nll.copy_(state["nll"])
-        self._num_tokens = state["num_tokens"]
+        if self._peers.index == 0:  # the sum over all; what the others add is new
+            self._nll.copy_(state["nll"])
+            self._num_tokens.copy_(state["num_tokens"])
         self._num_steps = state["num_steps"]
         if self.correction is not None:
             self.correction.load_state_dict(state["correction"])
+
+    def _totals(self) -> tuple[Tensor, Tensor]:
+        """Loss and number of tokens over all ranks."""
+        return self._peers.sum_(self._nll.clone()), self._peers.sum_(self._num_tokens.clone())
 
 
 def train_client(
@@ -139,7 +155,12 @@ class _OneVisit(Callback):
             check_precision_for_drift(trainer)
         self._start = self._start.to(pl_module.device)
         correction = self._drift.correction(self._client, self._start) if self._drift else None
-        self._local = LocalTraining(pl_module.flat_adapter(), trainer.optimizers[0], correction)
+        self._local = LocalTraining(
+            pl_module.flat_adapter(),
+            trainer.optimizers[0],
+            correction,
+            peers=layout_of(trainer.strategy).data,
+        )
         self._local.begin(self._start)
 
     def on_train_batch_start(

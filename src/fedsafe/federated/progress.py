@@ -30,7 +30,7 @@ class RoundProgressBar(TQDMProgressBar, ServerVisitListener):
     ) -> None:
         """Say which visit begins."""
         key = batch.key
-        if key.is_server_visit:
+        if key.is_server_visit or key.is_idle:
             return
         if key.starts_visit or batch_idx == 0:
             num_visits = trainer.datamodule.schedule.clients_per_round  # type: ignore[attr-defined]

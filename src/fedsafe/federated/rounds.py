@@ -11,7 +11,6 @@ The round, as in McMahan et al. (2017), Algorithm 1 (https://arxiv.org/abs/1602.
 """
 
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,20 +19,25 @@ from torch import Tensor
 
 from fedsafe.data.datamodule import GLOBAL_ADAPTER, FederatedDataModule
 from fedsafe.data.packing import TrainingBatch
+from fedsafe.federated.agreement import check_agreement, check_same_adapter
 from fedsafe.federated.client_drift import ClientDrift
 from fedsafe.federated.constitutional_server import ConstitutionalServer
 from fedsafe.federated.constitutional_training import ConstitutionalTraining
+from fedsafe.federated.exchange import RoundExchange
 from fedsafe.federated.local_training import LocalTraining
+from fedsafe.federated.planning import make_schedule, weight_of
 from fedsafe.federated.round_evaluation import RoundEvaluation
+from fedsafe.federated.round_identity import identity_of_run, rules_of_round, settings_of_rank
 from fedsafe.federated.round_log import RoundLog
-from fedsafe.federated.run_files import client_folder, save_base_with_tokenizer, save_with_tokenizer
-from fedsafe.federated.schedule import RoundPlan, Schedule, num_sampled
+from fedsafe.federated.run_files import client_folder, save_adapters, save_base_with_tokenizer
+from fedsafe.federated.schedule import RoundPlan
 from fedsafe.federated.server import Server
 from fedsafe.federated.server_optimizer import FedAvg, ServerOptimizer
 from fedsafe.federated.server_visit import NonFiniteLossError, ServerVisit
-from fedsafe.federated.trainer_settings import check_one_process, check_trainer
-from fedsafe.model.identity import numbers_of, refuse_difference
+from fedsafe.federated.trainer_settings import check_trainer
+from fedsafe.model.identity import refuse_difference
 from fedsafe.model.module import LoraLM
+from fedsafe.strategies.layout import exchange_of, layout_of
 
 
 class FederatedRounds(RoundEvaluation):
@@ -117,10 +121,13 @@ class FederatedRounds(RoundEvaluation):
         if batch.key.is_server_visit:
             self._visit_server(trainer, pl_module)
             return
+        if batch.key.is_idle:
+            return
         client = batch.key.client
         if self._local is None:
+            correction = self.server.correction_for(client)
             self._local = LocalTraining(
-                self._adapter, trainer.optimizers[0], self.server.correction_for(client)
+                self._adapter, trainer.optimizers[0], correction, peers=self._layout.data
             )
         if batch.key.starts_visit:
             alone = self._schedule.server_visits != "every"  # no server trained in between
@@ -157,23 +164,25 @@ class FederatedRounds(RoundEvaluation):
 
     def _end_visit(self, client: int) -> None:
         assert self._local is not None
-        self.server.receive(
+        self._exchange.receive(
             client,
             self._local.finish(),
             name=self._partition.names[client],
-            weight=self._weight(client),
+            weight=weight_of(client, self.weighting, schedule=self._schedule, data=self._data),
             num_samples=len(self._partition.samples_of(client)),
             correction=self._local.correction,
         )
         self._local = None
 
     def _aggregate(self) -> None:
+        self._exchange.settle(self._plan.owners)
         for visit in self._plan.visits:
             if visit.failed:
                 self.server.note_failure(self._partition.names[visit.client])
         self._record = self.server.close_round(num_clients=self._partition.num_holding)
         if self.mode != "federated":
             self._record |= {"bytes_up": 0, "bytes_down": 0}  # no adapter travels
+        check_same_adapter(self._layout.world, self.server.adapter, round_=self._round)
         self._adapter.write(self.server.adapter)
 
     def _visit_server(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -194,6 +203,7 @@ class FederatedRounds(RoundEvaluation):
         change = (trained - self.server.adapter).norm().item()
         self._record |= {"cai": {**record, "update_norm": change}}
         self.server.adapter = trained
+        check_same_adapter(self._layout.world, trained, round_=self._round)
 
     def _end_round(self) -> None:
         record, self._record = self._record, {}
@@ -225,8 +235,8 @@ class FederatedRounds(RoundEvaluation):
         """Plan the run, and refuse a Trainer under which rounds would go wrong silently."""
         self._start_afresh()
         self._fitting = stage == "fit"
+        self._layout = layout_of(trainer.strategy)
         if not self._fitting:
-            check_one_process(trainer)
             return
         check_trainer(trainer, corrects_gradients=self.client_drift is not None)
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -241,7 +251,9 @@ class FederatedRounds(RoundEvaluation):
                 "constitutional training needs data.cai, its data, and federated.cai, its rules; "
                 f"only {'data' if self.cai is None else 'federated'}.cai is given"
             )
-        self._schedule = self._make_schedule(trainer)
+        given = settings_of_rank(vars(self), trainer=trainer, model=pl_module.hparams)
+        check_agreement(self._layout.world, {**data.identity(), **given})
+        self._schedule = make_schedule(vars(self), trainer=trainer, data=data, layout=self._layout)
         self._partition = self._schedule.partition
         data.schedule = self._schedule
         num_adapters = self._schedule.clients_per_round if self.mode == "local" else 1
@@ -261,15 +273,18 @@ class FederatedRounds(RoundEvaluation):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the server, from the fresh adapter or from the checkpoint."""
         assert isinstance(pl_module, LoraLM)
-        self._adapter = pl_module.flat_adapter()
+        self._adapter, self._optimizer = pl_module.flat_adapter(), trainer.optimizers[0]
         self.server = Server(
-            self._adapter.read(),
+            self._layout.world.broadcast_(self._adapter.read(), source=0),
             optimizer=self.server_optimizer,
             drift=self.client_drift,
             isolated=self.mode == "local",
         )
+        mode = exchange_of(trainer.strategy)
+        self._exchange = RoundExchange(self.server, self._layout.clients, mode)
         if self._resumed is not None:
             self.server.load_state_dict(self._resumed["server"])
+            self._restore(self._resumed["training"])
         elif self._log.read():
             raise ValueError(
                 f"{self._log.file.parent} holds another run; resume it with ckpt_path, or give the "
@@ -280,7 +295,7 @@ class FederatedRounds(RoundEvaluation):
             self._data.write_verdicts(Path(trainer.default_root_dir))
             if pl_module.hparams["from_config"] is not None:  # a base that exists nowhere else
                 folder = Path(trainer.default_root_dir) / "base"
-                save_base_with_tokenizer(pl_module.peft_model, self._data.tokenizer, folder=folder)
+                save_base_with_tokenizer(pl_module, self._data.tokenizer, folder=folder)
         if self.cai is not None:
             assert self._data.cai is not None
             self._constitutional = ConstitutionalServer(
@@ -292,30 +307,6 @@ class FederatedRounds(RoundEvaluation):
             # Lightning begins afresh only if it has done as many batches as the new round has
             trainer.fit_loop.epoch_loop.batch_progress.current.completed = len(self._plan)
 
-    def _make_schedule(self, trainer: Trainer) -> Schedule:
-        assert trainer.max_epochs is not None
-        federation = Schedule(
-            partition=self._data.partition,
-            num_rounds=trainer.max_epochs,
-            clients_per_round=num_sampled(self.clients_per_round, self._data.partition.num_holding),
-            batch_size=self._data.batch_size,
-            local_steps=self.local_steps,
-            local_epochs=self.local_epochs,
-            num_micro=trainer.accumulate_grad_batches,
-            failure_probability=self.failure_probability,
-            seed=self.seed,
-            server_visits=self.cai.server_visits if self.cai is not None else "none",
-        )
-        return federation.in_one_place() if self.mode == "central" else federation
-
-    def _weight(self, client: int) -> float:
-        if self.weighting == "uniform":
-            return 1.0
-        samples = self._partition.samples_of(client)
-        if self.weighting == "samples":
-            return float(len(samples))
-        return float(self._data.store.answer_counts[samples].sum())
-
     def _go_to(self, round_: int, *, batches_done: int) -> None:
         self._round, self._batches_done = round_, batches_done
         self._plan: RoundPlan = self._schedule.plan(round_)
@@ -324,7 +315,16 @@ class FederatedRounds(RoundEvaluation):
     # ---- checkpoints -----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The server, and where the run stands."""
+        """The server, and where the run stands; the same on all ranks.
+
+        Raises:
+            ValueError: If ranks that train different clients are in the middle of a round.
+        """
+        if self._layout.clients.size > 1 and self._batches_done:
+            raise ValueError(
+                "clients in parallel are checkpointed between rounds alone: each rank holds other "
+                "clients' training; leave checkpoint.every_n_steps out"
+            )
         visit = self._server_visit
         return {
             "identity": self._identity(),
@@ -332,6 +332,7 @@ class FederatedRounds(RoundEvaluation):
             "round": self._round,
             "batches_done": self._batches_done,
             "server": self.server.state_dict(),
+            "training": self._training() if self._batches_done or self.mode == "central" else None,
             "local": self._local.state_dict() if self._local is not None else None,
             "server_visit": visit.state_dict() if visit is not None else None,
             "record": self._record,
@@ -359,26 +360,22 @@ class FederatedRounds(RoundEvaluation):
         self._elapsed = state_dict["elapsed"]
         self._go_to(state_dict["round"], batches_done=state_dict["batches_done"])
 
+    def _training(self) -> dict[str, Any]:
+        """The adapter under training and its optimizer, whole, whatever keeps them."""
+        optimizer = self._adapter.optimizer_state(self._optimizer)
+        return {"adapter": self._adapter.read(), "optimizer": optimizer}
+
+    def _restore(self, training: dict[str, Any] | None) -> None:
+        if training is not None:
+            self._adapter.write(training["adapter"].to(self._adapter.device))
+            self._adapter.load_optimizer_state(self._optimizer, training["optimizer"])
+
     def _identity(self) -> dict[str, Any]:
-        """The settings that a resumed run must share with the run it resumes."""
-        names = ("clients_per_round", "local_steps", "local_epochs", "mode", "weighting", "seed")
-        rules = (type(self.server_optimizer).__name__, type(self.client_drift).__name__)
-        return {
-            **self._data.identity(),
-            **{f"federated.{name}": getattr(self, name) for name in names},
-            "federated.algorithm": "+".join(rules),
-            "federated.cai": self.cai.regime if self.cai is not None else None,
-        }
+        return {**self._data.identity(), **identity_of_run(vars(self))}
 
     def _rules_of_round(self) -> dict[str, Any]:
-        """The settings that may change from round to round, but not inside one."""
-        return {
-            "trainer.accumulate_grad_batches": self._schedule.num_micro,
-            "federated.failure_probability": self.failure_probability,
-            **numbers_of("server_optimizer", self.server_optimizer),
-            **numbers_of("client_drift", self.client_drift),
-            **numbers_of("cai", self.cai),
-        }
+        num_micro = self._schedule.num_micro
+        return {"trainer.accumulate_grad_batches": num_micro, **rules_of_round(vars(self))}
 
     # ---- files -----------------------------------------------------------------------------------
 
@@ -387,13 +384,14 @@ class FederatedRounds(RoundEvaluation):
         assert isinstance(pl_module, LoraLM)
         if not trainer.is_global_zero:
             return
-        save = partial(save_with_tokenizer, pl_module.peft_model, self._data.tokenizer)
-        run_dir = Path(trainer.default_root_dir)
-        if self.mode != "local":
-            save(folder=run_dir / "adapter")
-            return
-        for visit in self._schedule.plan(self._round - 1).visits:
-            if visit.client in self.server.own_adapters:
-                self._adapter.write(self.server.start_of(visit.client))
-                name = client_folder(visit.client, self._partition.names[visit.client])
-                save(folder=run_dir / "adapters" / name)
+        run_dir, own = Path(trainer.default_root_dir), self.server.own_adapters
+        adapters = {run_dir / "adapter": self.server.adapter}
+        if self.mode == "local":
+            clients = [v.client for v in self._schedule.plan(self._round - 1).visits]
+            adapters = {
+                run_dir / "adapters" / client_folder(k, self._partition.names[k]): own[k]
+                for k in clients
+                if k in own
+            }
+        views = {folder: self._adapter.named_views(x) for folder, x in adapters.items()}
+        save_adapters(pl_module.peft_model, self._data.tokenizer, views)

@@ -1,13 +1,15 @@
 """The adapters that a run leaves in its folder, and a base that it made."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fedsafe.model.adapter import save_adapter
-from fedsafe.model.lora import save_random_base
+from fedsafe.model.module import LoraLM
 
 _MAX_NAME = 64
 
@@ -24,17 +26,28 @@ def client_folder(client: int, name: str) -> str:
 
 
 def save_base_with_tokenizer(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, *, folder: Path
+    module: LoraLM, tokenizer: PreTrainedTokenizerBase, *, folder: Path
 ) -> None:
-    """Write a random base, which exists nowhere else, and its tokenizer."""
-    save_random_base(model, folder)
+    """Write a random base, which exists nowhere else, and its tokenizer; adapters then name it."""
+    module.make_base().save_pretrained(folder)  # anew: the strategy may keep its own in parts
     tokenizer.save_pretrained(folder)
+    for config in module.peft_model.peft_config.values():
+        config.base_model_name_or_path = str(folder)
 
 
-def save_with_tokenizer(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, *, folder: Path
+def save_adapters(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    adapters: Mapping[Path, Mapping[str, Tensor]],
 ) -> None:
-    """Write an adapter, and once its tokenizer."""
-    if not folder.exists():
-        tokenizer.save_pretrained(folder)
-    save_adapter(model, folder)
+    """Write adapters, and once the tokenizer of each.
+
+    Args:
+        model: Gives their settings.
+        tokenizer: Their tokenizer.
+        adapters: By folder, the values of each by the names of the model's parameters.
+    """
+    for folder, tensors in adapters.items():
+        if not folder.exists():
+            tokenizer.save_pretrained(folder)
+        save_adapter(model, folder, tensors=tensors)

@@ -16,9 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsafe.federated.partition import Partition
+from fedsafe.federated.sharing import WHOLE, Share, balanced
 
 SERVER = -1
 """Number of the server among the clients, for the batch that stands for its own training."""
+
+NOBODY = -2
+"""In the place of a client, for a batch in which a rank waits for the others."""
 
 ServerVisitRounds = Literal["none", "every", "last"]
 """The rounds after whose aggregation the server trains."""
@@ -84,6 +88,24 @@ class BatchKey(NamedTuple):
     """Samples of this batch, shape ``(num_samples,)``; none if the step has fewer than parts."""
     step_samples: NDArray[np.int64]
     """Samples of the whole optimizer step; the loss is their mean over answer tokens."""
+    rank: int = 0
+    """Which of the ranks that share the step, from 0."""
+    num_ranks: int = 1
+
+    @property
+    def part(self) -> int:
+        """Which part of the optimizer step, from 0."""
+        return self.micro * self.num_ranks + self.rank
+
+    @property
+    def num_parts(self) -> int:
+        """Parts of the optimizer step: accumulated one after another, or by ranks at once."""
+        return self.num_micro * self.num_ranks
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether this changes nothing: other ranks have longer visits."""
+        return self.client == NOBODY
 
     @property
     def is_server_visit(self) -> bool:
@@ -103,10 +125,11 @@ class BatchKey(NamedTuple):
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """The visits of one round, in order, and their batches.
+    """The visits of one round, in order, and the batches of those that fall to one rank.
 
-    A server visit is one batch without samples, after all others: how many steps it takes is not
-    known when the round begins.
+    All ranks have the same number of batches; one whose visits are over idles. A server visit is
+    one batch without samples, after all others: how many steps it takes is not known when the round
+    begins.
     """
 
     schedule: "Schedule"
@@ -115,35 +138,57 @@ class RoundPlan:
     has_server_visit: bool = False
 
     @cached_property
-    def _ends(self) -> list[int]:
-        """Batches up to and including each visit."""
-        return list(accumulate(v.num_steps * self.schedule.num_micro for v in self.visits))
+    def owners(self) -> dict[int, int]:
+        """The group of ranks that trains each client that does not fail, in the round's order."""
+        visits = [visit for visit in self.visits if not visit.failed]
+        costs = [self.schedule.num_tokens(visit) for visit in visits]
+        groups = balanced(costs, self.schedule.share.num_groups)
+        return {visit.client: group for visit, group in zip(visits, groups, strict=True)}
 
-    @property
+    @cached_property
+    def _own_visits(self) -> list[Visit]:
+        return [v for v in self.visits if self.owners.get(v.client) == self.schedule.share.group]
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """This rank's batches up to and including each of its visits."""
+        return list(accumulate(self._num_batches(visit) for visit in self._own_visits))
+
+    @cached_property
     def num_client_batches(self) -> int:
-        """Number of the clients' batches in the round."""
-        return self._ends[-1] if self._ends else 0
+        """Batches of the round for clients, on any rank: of the group with the most."""
+        sums = [0] * self.schedule.share.num_groups
+        for visit in self.visits:
+            if not visit.failed:
+                sums[self.owners[visit.client]] += self._num_batches(visit)
+        return max(sums)
+
+    def _num_batches(self, visit: Visit) -> int:
+        return visit.num_steps * self.schedule.num_micro
 
     def __len__(self) -> int:
         """Number of batches in the round."""
         return self.num_client_batches + self.has_server_visit
 
     def batches(self, *, start: int = 0) -> Iterator[BatchKey]:
-        """The round's batches from number `start` on, without drawing the ones before."""
-        for visit, end in zip(self.visits, self._ends, strict=True):
+        """The rank's batches of the round from number `start` on, without drawing those before."""
+        for visit, end in zip(self._own_visits, self._ends, strict=True):
             if start < end:
-                begin = end - visit.num_steps * self.schedule.num_micro
+                begin = end - self._num_batches(visit)
                 yield from self.schedule.batches_of(visit, start=max(0, start - begin))
+        busy = self._ends[-1] if self._ends else 0
+        for _ in range(max(start, busy), self.num_client_batches):
+            yield self._empty_key(NOBODY)
         if self.has_server_visit and start < len(self):
-            yield self._server_key()
+            yield self._empty_key(SERVER)
 
-    def _server_key(self) -> BatchKey:
+    def _empty_key(self, client: int) -> BatchKey:
         none = np.zeros(0, dtype=np.int64)
         return BatchKey(
             round=self.round,
             num_rounds=self.schedule.num_rounds,
             visit=len(self.visits),
-            client=SERVER,
+            client=client,
             step=0,
             num_steps=1,
             micro=0,
@@ -171,6 +216,9 @@ class Schedule:
         failure_probability: Chance that a sampled client fails and returns nothing, 0 to 1.
         seed: Seed of every draw.
         server_visits: Rounds in which the server trains too.
+        sample_tokens: Tokens of each sample, shape ``(num_samples,)``, by which visits are spread
+            evenly over groups of ranks; None counts each sample as one.
+        share: What falls to this rank.
 
     Raises:
         ValueError: If a number is out of range, or not exactly one of `local_steps` and
@@ -187,6 +235,8 @@ class Schedule:
     failure_probability: float = 0.0
     seed: int = 0
     server_visits: ServerVisitRounds = "none"
+    sample_tokens: NDArray[np.int32] | None = None
+    share: Share = WHOLE
 
     def __post_init__(self) -> None:
         """Check what the user chose."""
@@ -247,6 +297,12 @@ class Schedule:
         assert self.local_epochs is not None
         return self.local_epochs * -(-len(self.partition.samples_of(client)) // self.batch_size)
 
+    def num_tokens(self, visit: Visit) -> float:
+        """Tokens that a visit trains on, about."""
+        samples = self.partition.samples_of(visit.client)
+        tokens = 1.0 if self.sample_tokens is None else float(self.sample_tokens[samples].mean())
+        return visit.num_steps * min(self.batch_size, len(samples)) * tokens
+
     def mean_steps(self) -> float:
         """Optimizer steps of one visit, averaged over the clients that hold a sample."""
         if self.local_steps is not None:
@@ -268,6 +324,7 @@ class Schedule:
     def batches_of(self, visit: Visit, *, start: int = 0) -> Iterator[BatchKey]:
         """The batches of one visit from number `start` on."""
         shuffled = lru_cache(maxsize=2)(partial(self._shuffled, visit))
+        rank, num_ranks = self.share.rank, self.share.num_ranks
         for number in range(start, visit.num_steps * self.num_micro):
             step, micro = divmod(number, self.num_micro)
             step_samples = self._samples_of_step(visit, step, shuffled)
@@ -280,8 +337,10 @@ class Schedule:
                 num_steps=visit.num_steps,
                 micro=micro,
                 num_micro=self.num_micro,
-                samples=step_samples[micro :: self.num_micro],
+                samples=step_samples[micro * num_ranks + rank :: self.num_micro * num_ranks],
                 step_samples=step_samples,
+                rank=rank,
+                num_ranks=num_ranks,
             )
 
     def _samples_of_step(

@@ -14,7 +14,6 @@ _NEEDED: dict[str, tuple[int | float, str]] = {
     "overfit_batches": (0.0, "visits would be cut short"),
     "val_check_interval": (1.0, "a client's half-trained adapter would be validated"),
     "max_steps": (-1, "the run would end inside a round; give max_epochs, the number of rounds"),
-    "world_size": (1, "every device would repeat the same work"),
 }
 """Settings, the value that rounds need, and what another one would do."""
 
@@ -60,19 +59,6 @@ def check_trainer(trainer: Trainer, *, corrects_gradients: bool = False) -> None
     if trainer.max_epochs is None or trainer.max_epochs < 1:
         raise ValueError(
             f"max_epochs is {trainer.max_epochs}; it is the number of rounds, give >= 1"
-        )
-
-
-def check_one_process(trainer: Trainer) -> None:
-    """Refuse a Trainer whose processes would all measure the same.
-
-    Raises:
-        ValueError: If it has several.
-    """
-    if trainer.world_size > 1:
-        raise ValueError(
-            f"the Trainer has {trainer.world_size} processes, and each would measure everything; "
-            "give --trainer.devices 1"
         )
 
 

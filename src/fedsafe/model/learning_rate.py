@@ -41,3 +41,20 @@ def learning_rate_factor(
     if step < warmup_steps:
         factor *= (step + 1) / warmup_steps
     return factor
+
+
+def check_schedule(
+    learning_rate: float, *, lr_floor: float, warmup_rounds: int, warmup_steps: int
+) -> None:
+    """Refuse settings that are out of range.
+
+    Raises:
+        ValueError: Names the setting and its value.
+    """
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"learning_rate is {learning_rate}; give a number above 0")
+    if not 0 <= lr_floor <= 1:
+        raise ValueError(f"lr_floor is {lr_floor}; give a share of the peak, 0 to 1")
+    for name, value in (("warmup_rounds", warmup_rounds), ("warmup_steps", warmup_steps)):
+        if value < 0:
+            raise ValueError(f"{name} is {value}; give 0 for none, or more")

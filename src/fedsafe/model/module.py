@@ -1,6 +1,5 @@
 """`LoraLM`: a frozen causal language model with a LoRA adapter, as a LightningModule."""
 
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 from torchmetrics import MeanMetric
+from transformers import PreTrainedModel
 
 from fedsafe.data.packing import Pack, PreferenceBatch, SupervisedBatch, TrainingBatch
 from fedsafe.evaluation.benchmark import Respondent
@@ -23,7 +23,11 @@ from fedsafe.model import attention as packed
 from fedsafe.model.adapter import adapter_scale, load_adapter
 from fedsafe.model.flat_adapter import FlatAdapter, WholeAdapter
 from fedsafe.model.identity import refuse_difference
-from fedsafe.model.learning_rate import LearningRateSchedule, learning_rate_factor
+from fedsafe.model.learning_rate import (
+    LearningRateSchedule,
+    check_schedule,
+    learning_rate_factor,
+)
 from fedsafe.model.lora import add_lora, load_base
 from fedsafe.model.objectives import (
     dpo_loss,
@@ -91,7 +95,7 @@ class LoraLM(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _check_schedule(
+        check_schedule(
             learning_rate, lr_floor=lr_floor, warmup_rounds=warmup_rounds, warmup_steps=warmup_steps
         )
         if not 0 <= lora_dropout < 1:
@@ -113,14 +117,7 @@ class LoraLM(LightningModule):
         if self.model is not None:
             return
         hp: Any = self.hparams
-        base = load_base(
-            hp.base,
-            from_config=hp.from_config,
-            dtype=getattr(torch, hp.dtype),
-            quantize_4bit=hp.quantize_4bit,
-            attention=packed.PACKED if hp.attention == "packed" else hp.attention,
-            seed=hp.seed,
-        )
+        base = self.make_base()
         if hp.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         self.model = add_lora(
@@ -132,6 +129,18 @@ class LoraLM(LightningModule):
             seed=hp.seed,
         )
         self.model.train()
+
+    def make_base(self) -> PreTrainedModel:
+        """A new copy of the frozen base; with `from_config`, the same random weights each time."""
+        hp: Any = self.hparams
+        return load_base(
+            hp.base,
+            from_config=hp.from_config,
+            dtype=getattr(torch, hp.dtype),
+            quantize_4bit=hp.quantize_4bit,
+            attention=packed.PACKED if hp.attention == "packed" else hp.attention,
+            seed=hp.seed,
+        )
 
     @property
     def peft_model(self) -> PeftModel:
@@ -205,8 +214,8 @@ class LoraLM(LightningModule):
             return _preference_step(nll_per_token, batch)
         loss = sft_loss(nll_per_token, normalizer=batch.normalizer)
         if isinstance(batch, TrainingBatch):
-            # Lightning divides by the number of accumulated batches; the normalizer counts all
-            loss = loss * batch.key.num_micro
+            # gradients are averaged over accumulated batches and ranks; the normalizer counts all
+            loss = loss * batch.key.num_parts
         return {"loss": loss, "nll_sum": nll_per_token.detach().sum()}
 
     @torch.no_grad()
@@ -282,13 +291,13 @@ class LoraLM(LightningModule):
     def on_train_batch_start(self, batch: TrainingBatch, batch_idx: int) -> None:
         """Set the learning rate and the seed of dropout, both from the batch's place in the run."""
         key = batch.key
-        rate = 0.0  # the batch that stands for the server's own training changes nothing itself
-        if not key.is_server_visit:
+        rate = 0.0  # a batch that only stands for something changes nothing itself
+        if not key.is_server_visit and not key.is_idle:
             rate = self.learning_rate_at(round_=key.round, num_rounds=key.num_rounds, step=key.step)
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = rate
         seed = derive_seed(
-            Stream.DROPOUT, self.hparams["seed"], key.round, key.client, key.step, key.micro
+            Stream.DROPOUT, self.hparams["seed"], key.round, key.client, key.step, key.part
         )
         # torch.manual_seed seeds every kind of device there might be, at half a millisecond a call
         torch.default_generator.manual_seed(seed)
@@ -332,10 +341,13 @@ class LoraLM(LightningModule):
         return {f"model.{name}": self.hparams[name] for name in names}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the adapter, drop the frozen base."""
-        trainable = {name for name, p in self.named_parameters() if p.requires_grad}
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: state[name] for name in state if name in trainable}
+        """Leave the base out: it is frozen.
+
+        `FederatedRounds` keeps the adapter and what the optimizer remembers, in one form for all
+        strategies and numbers of ranks.
+        """
+        checkpoint["state_dict"] = {}
+        checkpoint["optimizer_states"] = []
         checkpoint["fedsafe_model"] = self.identity()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -381,15 +393,3 @@ def _preference_step(nll_per_token: Tensor, batch: PreferenceBatch) -> dict[str,
         "nll_sum": chosen_nll.detach().sum(),
         "num_preferred": (dpo_margins(logprobs.detach(), reference) > 0).sum(),
     }
-
-
-def _check_schedule(
-    learning_rate: float, *, lr_floor: float, warmup_rounds: int, warmup_steps: int
-) -> None:
-    if not 0 < learning_rate < math.inf:
-        raise ValueError(f"learning_rate is {learning_rate}; give a number above 0")
-    if not 0 <= lr_floor <= 1:
-        raise ValueError(f"lr_floor is {lr_floor}; give a share of the peak, 0 to 1")
-    for name, value in (("warmup_rounds", warmup_rounds), ("warmup_steps", warmup_steps)):
-        if value < 0:
-            raise ValueError(f"{name} is {value}; give 0 for none, or more")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch import nn
 
+from fedsafe.federated.exchange import ExchangeMode
 from fedsafe.model.flat_adapter import FlatAdapter, WholeAdapter
 from fedsafe.peers import ALONE, Peers
 
@@ -37,6 +38,8 @@ class Layout:
 
 class LaidOut(ABC):
     """A strategy of fedsafe's own, which knows its layout."""
+
+    exchange: ExchangeMode = "sums"
 
     @property
     @abstractmethod
@@ -65,6 +68,11 @@ def layout_of(strategy: Strategy) -> Layout:
         f"rounds cannot run under {type(strategy).__name__}, whose adapter fedsafe cannot read and "
         "write; take one of configs/strategy: ddp, fsdp, zero1, zero2, zero3, clients"
     )
+
+
+def exchange_of(strategy: Strategy) -> ExchangeMode:
+    """What groups of ranks tell each other at the end of a round; one group has nobody to tell."""
+    return strategy.exchange if isinstance(strategy, LaidOut) else "sums"
 
 
 def flat_adapter_under(

@@ -1,0 +1,63 @@
+"""What all ranks of a run must have in common, checked instead of hoped for."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsafe.peers import Peers
+
+_NAMED = 5
+
+
+def check_agreement(world: Peers, settings: Mapping[str, Any]) -> None:
+    """Refuse ranks that were started with different settings, or that read different data.
+
+    Args:
+        world: All ranks.
+        settings: By name, what must be the same; compared by how it prints.
+
+    Raises:
+        ValueError: On every rank, with the settings that differ, the ranks and the values.
+    """
+    everyones = world.gather({name: repr(value) for name, value in settings.items()})
+    first, differences = everyones[0], []
+    for rank, others in enumerate(everyones):
+        names = [name for name in {**first, **others} if first.get(name) != others.get(name)]
+        differences += [
+            f"{name} is {first.get(name, 'missing')} on rank 0 and {others.get(name, 'missing')} "
+            f"on rank {rank}"
+            for name in names
+        ]
+    if differences:
+        more = len(differences) - _NAMED
+        shown = "; ".join(differences[:_NAMED]) + (f"; and {more} more" if more > 0 else "")
+        raise ValueError(
+            f"the ranks disagree: {shown}; start all of them with the same configuration, on the "
+            "same data"
+        )
+
+
+def check_same_adapter(world: Peers, adapter: Tensor, *, round_: int) -> None:
+    """Refuse to go on where ranks hold different global adapters; compares checksums.
+
+    Args:
+        world: All ranks.
+        adapter: The new global adapter, flat float32, shape ``(num_params,)``.
+        round_: Round, from 0.
+
+    Raises:
+        ValueError: On every rank, with those that differ from rank 0.
+    """
+    if world.size == 1:
+        return
+    checksum = int(adapter.view(torch.int32).sum(dtype=torch.int64))
+    everyones = world.gather(checksum)
+    others = [rank for rank, each in enumerate(everyones) if each != everyones[0]]
+    if others:
+        named = ", ".join(map(str, others))
+        raise ValueError(
+            f"after round {round_ + 1} rank {named} holds another global adapter than rank 0; the "
+            "ranks have drifted apart, check their hardware and libraries, and resume"
+        )

@@ -1,0 +1,56 @@
+"""The schedule of a run, from the settings of its parts."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from lightning import Trainer
+
+from fedsafe.data.datamodule import FederatedDataModule
+from fedsafe.federated.schedule import Schedule, num_sampled
+from fedsafe.federated.sharing import Share
+from fedsafe.strategies.layout import Layout
+
+
+def make_schedule(
+    settings: Mapping[str, Any], *, trainer: Trainer, data: FederatedDataModule, layout: Layout
+) -> Schedule:
+    """Who trains when, and what of it falls to this rank.
+
+    Args:
+        settings: Those of `FederatedRounds` by name.
+        trainer: Its `max_epochs` is the number of rounds.
+        data: Gives the partition.
+        layout: Who does what.
+    """
+    assert trainer.max_epochs is not None
+    cai = settings["cai"]
+    federation = Schedule(
+        partition=data.partition,
+        num_rounds=trainer.max_epochs,
+        clients_per_round=num_sampled(settings["clients_per_round"], data.partition.num_holding),
+        batch_size=data.batch_size,
+        local_steps=settings["local_steps"],
+        local_epochs=settings["local_epochs"],
+        num_micro=trainer.accumulate_grad_batches,
+        failure_probability=settings["failure_probability"],
+        seed=settings["seed"],
+        server_visits=cai.server_visits if cai is not None else "none",
+        sample_tokens=data.store.lengths,
+    )
+    if settings["mode"] == "central":
+        federation = federation.in_one_place()
+    clients, ranks = layout.clients, layout.data
+    return replace(federation, share=Share(clients.index, clients.size, ranks.index, ranks.size))
+
+
+def weight_of(
+    client: int, weighting: str, *, schedule: Schedule, data: FederatedDataModule
+) -> float:
+    """What a client's weight in the mean is."""
+    if weighting == "uniform":
+        return 1.0
+    samples = schedule.partition.samples_of(client)
+    if weighting == "samples":
+        return float(len(samples))
+    return float(data.store.answer_counts[samples].sum())
