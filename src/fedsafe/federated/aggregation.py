@@ -6,8 +6,12 @@ References:
     sketch).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from fedsafe.peers import Peers
 
 SKETCH_WIDTH = 4096
 
@@ -55,6 +59,17 @@ class WeightedMean:
         self.total.add_(adapter, alpha=weight)
         self.weight += weight
         self.count += 1
+
+    def pool(self, peers: Peers, weights: Sequence[float]) -> None:
+        """Add up the peers' sums, so that each has the mean of all clients.
+
+        Args:
+            peers: Who adds up; all must call.
+            weights: Weights of the clients that any of them took in, in the order of the round.
+        """
+        peers.sum_(self.total)
+        self.weight = sum(weights, start=0.0)
+        self.count = len(weights)
 
     def mean(self) -> Tensor:
         """The weighted mean so far, a new tensor.

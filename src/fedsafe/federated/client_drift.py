@@ -7,13 +7,14 @@ References:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fedsafe.federated.aggregation import RefusedUpdateError
 from fedsafe.model.flat_adapter import FlatAdapter
+from fedsafe.peers import Peers
 
 
 class Correction(ABC):
@@ -55,6 +56,15 @@ class ClientDrift(ABC):
 
     def collect(self, client: int, correction: Correction) -> None:  # noqa: B027
         """Take back what the visit learnt; called only when its update was accepted."""
+
+    def pool(self, peers: Peers, owners: Mapping[int, int], *, like: Tensor) -> None:  # noqa: B027
+        """Make every peer know what any of them collected in the round; all must call.
+
+        Args:
+            peers: The ranks whose clients trained at the same time.
+            owners: Which of the peers collected each client, in the order of the round.
+            like: A flat float32 adapter; gives the shape and the device.
+        """
 
     def end_round(self, num_clients: int) -> None:  # noqa: B027
         """Update the server's side, once a round.
@@ -166,6 +176,19 @@ class Scaffold(ClientDrift):
         so_far = self._change
         self._change = change.clone() if so_far is None else so_far.to(new.device) + change
         self.client_controls[client] = new
+
+    def pool(self, peers: Peers, owners: Mapping[int, int], *, like: Tensor) -> None:
+        """Add up the peers' changes; hand each client's control variate on, whoever trains it next.
+
+        See the class above.
+        """
+        for client, owner in owners.items():
+            own = owner == peers.index
+            control = self.client_controls[client] if own else torch.empty_like(like)
+            self.client_controls[client] = peers.broadcast_(control, source=owner)
+        if owners:
+            change = torch.zeros_like(like) if self._change is None else self._change
+            self._change = peers.sum_(change)
 
     def end_round(self, num_clients: int) -> None:
         """Move the server's control variate by the mean change over all clients."""

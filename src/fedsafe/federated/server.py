@@ -3,6 +3,7 @@
 Knows nothing of models, data or Lightning; updates come in one by one and are not kept.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from fedsafe.federated.aggregation import (
 )
 from fedsafe.federated.client_drift import ClientDrift, Correction
 from fedsafe.federated.server_optimizer import ServerOptimizer
+from fedsafe.peers import Peers
 
 BYTES_PER_VALUE = 4
 """Adapters travel as float32."""
@@ -32,6 +34,16 @@ class Update(NamedTuple):
     num_steps: int
     num_tokens: int
     """Answer tokens trained on."""
+
+
+class _Part(NamedTuple):
+    """What one rank tells the others of its clients, beside the sum of their updates."""
+
+    records: dict[int, dict[str, Any]]
+    sketches: dict[int, Tensor]
+    """Of the clients whose updates were accepted; on the CPU."""
+    bytes_up: int
+    bytes_down: int
 
 
 class Server:
@@ -54,12 +66,12 @@ class Server:
     ) -> None:
         self.adapter = start
         self.own_adapters: dict[int, Tensor] = {}
+        self.isolated = isolated
         self._optimizer = optimizer
         self._drift = drift
         optimizer.load_state_dict({})  # an earlier run may have left some
         if drift:
             drift.load_state_dict({})
-        self._isolated = isolated
         self._signs = sketch_signs(start)
         self._records: list[dict[str, Any]] = []
         self._sketches: list[Tensor] = []
@@ -67,7 +79,7 @@ class Server:
 
     def start_of(self, client: int) -> Tensor:
         """The adapter that a client starts from."""
-        return self.own_adapters.get(client, self.adapter) if self._isolated else self.adapter
+        return self.own_adapters.get(client, self.adapter) if self.isolated else self.adapter
 
     def correction_for(self, client: int) -> Correction | None:
         """The correction of one visit's gradients, or None."""
@@ -114,10 +126,40 @@ class Server:
         change = update.adapter - self.start_of(client)
         record["update_norm"] = change.norm().item()
         self._sketches.append(sketch(change, self._signs))
-        if self._isolated:
+        if self.isolated:
             self.own_adapters[client] = update.adapter
         if self._drift and correction is not None:
             self._drift.collect(client, correction)
+
+    def pool(self, peers: Peers, received: Sequence[int], owners: Mapping[int, int]) -> None:
+        """Make the round that of all peers' clients; afterwards all peers' servers are alike.
+
+        Call once a round, before failures are noted and the round is closed; all must call.
+
+        Args:
+            peers: The ranks whose clients trained at the same time.
+            received: The clients that this server received, in the order in which it did.
+            owners: Which of the peers received each client, in the order of the round's visits.
+        """
+        assert not self.isolated, "clients that go on alone have no sum; exchange their updates"
+        parts = peers.gather(self._part(received))
+        records = {client: each for part in parts for client, each in part.records.items()}
+        sketches = {client: each for part in parts for client, each in part.sketches.items()}
+        assert records.keys() == owners.keys(), "a client was trained by another rank than planned"
+        accepted = {client: owner for client, owner in owners.items() if client in sketches}
+        self._mean.pool(peers, [records[client]["weight"] for client in accepted])
+        if self._drift:
+            self._drift.pool(peers, accepted, like=self.adapter)
+        self._records = [records[client] for client in owners]
+        self._sketches = [sketches[client].to(self.adapter.device) for client in accepted]
+        self._bytes_up = sum(part.bytes_up for part in parts)
+        self._bytes_down = sum(part.bytes_down for part in parts)
+
+    def _part(self, received: Sequence[int]) -> "_Part":
+        records = dict(zip(received, self._records, strict=True))
+        accepted = [client for client, record in records.items() if record["status"] == "ok"]
+        sketches = dict(zip(accepted, [s.cpu() for s in self._sketches], strict=True))
+        return _Part(records, sketches, self._bytes_up, self._bytes_down)
 
     def note_failure(self, name: str) -> None:
         """Record a client that got the global adapter and gave nothing back."""
@@ -142,7 +184,7 @@ class Server:
             )
             raise ValueError(f"the round has no update to average ({reasons}); nothing was changed")
         before = self.adapter
-        if not self._isolated:
+        if not self.isolated:
             self.adapter = self._optimizer.step(before, self._mean.mean())
         if self._drift:
             self._drift.end_round(num_clients)

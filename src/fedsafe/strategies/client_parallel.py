@@ -1,0 +1,52 @@
+"""`ClientParallelStrategy`: clients in parallel, each trained by one rank from start to end."""
+
+from datetime import timedelta
+
+from lightning import Trainer
+from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
+from torch import nn
+
+from fedsafe.federated.exchange import ExchangeMode
+from fedsafe.model.flat_adapter import WholeAdapter
+from fedsafe.peers import Peers
+from fedsafe.strategies.layout import LaidOut, Layout
+
+
+class ClientParallelStrategy(LaidOut, DDPStrategy):
+    """Trains as many clients at once as there are ranks; each rank holds the whole base.
+
+    No gradient travels. Ranks speak once a round, when the clients' updates become one.
+
+    Args:
+        exchange: What ranks tell each other at a round's end: weighted `sums`, whose memory does
+            not grow with the clients, or every client's update in turn, which is bit-equal to one
+            process.
+        timeout: How long a rank waits for the others, such as 0:30:00, before the run ends: longer
+            than the first to end a round waits for the last, or for validation on one rank.
+        process_group_backend: How ranks speak; None takes nccl on GPUs and gloo on CPUs.
+    """
+
+    def __init__(
+        self,
+        exchange: ExchangeMode = "sums",
+        timeout: timedelta = timedelta(minutes=30),
+        process_group_backend: str | None = None,
+    ) -> None:
+        super().__init__(timeout=timeout, process_group_backend=process_group_backend)
+        self.exchange: ExchangeMode = exchange
+
+    @property
+    def layout(self) -> Layout:
+        """Every rank is a client group of its own and holds a replica."""
+        everyone = Peers(self.global_rank, self.world_size)
+        return Layout(clients=everyone, replicas=everyone, world=everyone)
+
+    def setup(self, trainer: Trainer) -> None:
+        """Set up as on one device: DDP would wrap the model and send the base from rank 0."""
+        ParallelStrategy.setup(self, trainer)
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:  # type: ignore[override]  # no wrapper
+        """Make all ranks begin with the same adapter; the base each has loaded itself."""
+        adapter = WholeAdapter(model.named_parameters())
+        adapter.write(self.layout.world.broadcast_(adapter.read(), source=0))
+        return model
