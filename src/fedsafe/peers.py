@@ -4,14 +4,19 @@ A process is called a rank, as torch and its launchers do. Alone, every operatio
 they are, so that what works together reads the same in one process as in many.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+Unit = TypeVar("Unit")
+
+_SHARED_ERRORS = (ValueError, OSError)
+"""What is wrong with data, settings or disks: one of several ranks finds it, all must know."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +59,62 @@ class Peers:
         """This rank's items, dealt like cards: number `index`, `index + size`, ..."""
         return items[self.index :: self.size]
 
+    def in_turns(self, units: Iterable[Unit], work: Callable[[Unit], T]) -> Iterator[T]:
+        """Let peer ``i % size`` work on unit i; all get all results, in the order of the units.
+
+        Everyone gives the same units. They go on together, `size` units at a time.
+
+        Raises:
+            ValueError: If work raises one, on whichever rank; so with OSError.
+        """
+        if self.size == 1:
+            yield from map(work, units)
+            return
+        for some in groups_of(units, self.size):
+            mine = [_tried(work, unit) for unit in some[self.index : self.index + 1]]
+            for found in self.gather(mine)[: len(some)]:
+                yield _checked(found[0])
+
+    def from_first(self, work: Callable[[], T]) -> T:
+        """What work gives the first of them, which alone does it.
+
+        Raises:
+            ValueError: If work raises one; so with OSError.
+        """
+        if self.size == 1:
+            return work()
+        mine = [_tried(lambda _: work(), None)] if self.index == 0 else []
+        return _checked(self.gather(mine)[0][0])
+
     def wait(self) -> None:
         """Go on when all are here."""
         if self.size > 1:
             dist.barrier(group=self.group)
+
+
+def groups_of(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """The items, `size` at a time; the last ones may be fewer."""
+    stream = iter(items)
+    while some := list(islice(stream, size)):
+        yield some
+
+
+@dataclass(frozen=True)
+class _Failed:
+    error: Exception
+
+
+def _tried(work: Callable[[Unit], T], unit: Unit) -> T | _Failed:
+    try:
+        return work(unit)
+    except _SHARED_ERRORS as error:
+        return _Failed(error)
+
+
+def _checked(found: T | _Failed) -> T:
+    if isinstance(found, _Failed):
+        raise found.error
+    return found
 
 
 ALONE = Peers()

@@ -20,6 +20,7 @@ from rich.progress import track
 from fedsafe.data.output_files import write_whole
 from fedsafe.data.sources import Rejected, bad_rows_error, no_rows_error, report_rejected
 from fedsafe.federated.partition import Partition
+from fedsafe.peers import ALONE, Peers, groups_of
 from fedsafe.safety.filter import Policy, SafetyFilter, verdict_columns
 from fedsafe.safety.score_cache import CHUNK_SIZE
 from fedsafe.types import Verdict
@@ -132,6 +133,7 @@ def filter_samples(  # noqa: PLR0913
     seed: int,
     on_bad_row: Literal["error", "skip"] = "error",
     rejected: Path | None = None,
+    peers: Peers = ALONE,
 ) -> FilteredSamples:
     """Let every client judge its samples, and do with the unsafe ones what the policy says.
 
@@ -147,14 +149,15 @@ def filter_samples(  # noqa: PLR0913
         tokenize: Makes tokens of repaired samples, as `tokens` was made; may leave some out.
         seed: Decides, with each sample's content, which refusal it gets.
         on_bad_row: `error` stops at samples that the guard cannot judge; `skip` leaves them out.
-        rejected: JSONL file to which samples that are left out so are added.
+        rejected: JSONL file to which samples that are left out so are added; one rank has one.
+        peers: Ranks that share the judging; all are given the same samples, and have all verdicts.
 
     Raises:
         ValueError: If nearly everything is unsafe, no client has a sample left, or samples cannot
             be judged and are not to be skipped.
     """
     judged = samples.select(tokens["sample"][:])
-    verdicts = _judge(rule, judged, skip=on_bad_row == "skip", rejected=rejected)
+    verdicts = _judge(rule, judged, skip=on_bad_row == "skip", rejected=rejected, peers=peers)
     is_unsafe = verdicts.is_unsafe
     rule.check_share(int(is_unsafe.sum()), num_judged=int(verdicts.is_judged.sum()))
     new = np.where(verdicts.is_judged, np.arange(len(judged)), -1)
@@ -202,16 +205,19 @@ class _Verdicts:
 
 
 def _judge(
-    rule: SafetyFilter, samples: datasets.Dataset, *, skip: bool, rejected: Path | None
+    rule: SafetyFilter,
+    samples: datasets.Dataset,
+    *,
+    skip: bool,
+    rejected: Path | None,
+    peers: Peers,
 ) -> _Verdicts:
     """Judge samples, as many at a time as are kept on disk at once."""
     num = len(samples)
     verdicts = _Verdicts(np.full(num, np.nan), np.zeros(num, np.bool_), np.zeros(num, np.bool_))
     bad: list[Rejected] = []
     why = f"the guard {rule.guard.name} cannot judge it: "
-    for start in _starts(num, title=f"Judging with {rule.guard.name}"):
-        rows = samples[start : start + CHUNK_SIZE]
-        judged, reasons = rule.judge_each(rows["messages"])
+    for start, rows, judged, reasons in _windows(rule, samples, peers):
         for index, verdict in judged.items():
             verdicts.put(start + index, verdict, is_unsafe=rule.is_unsafe(verdict))
         bad += [
@@ -227,12 +233,25 @@ def _judge(
     return verdicts
 
 
-def _starts(num: int, *, title: str) -> Iterable[int]:
-    """Where each slice of `CHUNK_SIZE` starts; shows progress where there are several."""
+def _windows(
+    rule: SafetyFilter, samples: datasets.Dataset, peers: Peers
+) -> Iterator[tuple[int, dict[str, Any], dict[int, Verdict], dict[int, str]]]:
+    """Each window's first place, its rows, their verdicts and why others have none, by index."""
+    title = f"Judging with {rule.guard.name}"
+    starts = _starts(len(samples), title=title, shown=peers.index == 0)
+    for together in groups_of(starts, peers.size):
+        windows = [samples[start : start + CHUNK_SIZE] for start in together]
+        found = rule.judge_windows([rows["messages"] for rows in windows], peers=peers)
+        for start, rows, (judged, reasons) in zip(together, windows, found, strict=True):
+            yield start, rows, judged, reasons
+
+
+def _starts(num: int, *, title: str, shown: bool) -> Iterable[int]:
+    """Where each window of `CHUNK_SIZE` starts; progress may be shown where there are several."""
     starts = range(0, num, CHUNK_SIZE)
     if len(starts) < 2:
         return starts
-    return track(starts, description=title, console=Console(stderr=True))
+    return track(starts, description=title, console=Console(stderr=True), disable=not shown)
 
 
 def _repaired(samples: datasets.Dataset, rule: SafetyFilter, *, seed: int) -> datasets.Dataset:

@@ -9,7 +9,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, final
 
-from fedsafe.safety.guard import Guard, judge_each, shown
+from fedsafe.peers import ALONE, Peers
+from fedsafe.safety.guard import Guard, shown
 from fedsafe.safety.score_cache import ScoreCache, conversation_key
 from fedsafe.types import Conversation, JudgedPart, Turn, Verdict
 
@@ -78,11 +79,17 @@ class SafetyFilter:
         """The guard's verdict on each sample, in order; kept ones are not judged again."""
         return self._cache.verdicts([shown(each, self.judge) for each in conversations])
 
-    def judge_each(
-        self, conversations: Sequence[Conversation]
-    ) -> tuple[dict[int, Verdict], dict[int, str]]:
-        """Verdicts by index; and by index why the guard cannot judge the others."""
-        return judge_each(self.verdicts, conversations)
+    def judge_windows(
+        self, windows: Sequence[Sequence[Conversation]], *, peers: Peers = ALONE
+    ) -> list[tuple[dict[int, Verdict], dict[int, str]]]:
+        """Of each window the verdicts by index, and by index why the guard cannot judge the others.
+
+        Args:
+            windows: Samples that are judged together, the same on all ranks.
+            peers: Ranks that share the windows.
+        """
+        asked = [[shown(each, self.judge) for each in window] for window in windows]
+        return self._cache.judge_windows(asked, peers=peers)
 
     def is_unsafe(self, verdict: Verdict) -> bool:
         """Whether a verdict reaches the threshold."""

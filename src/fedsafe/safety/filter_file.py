@@ -4,8 +4,7 @@ Holds one window of rows at a time, so that memory does not grow with the file.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +18,7 @@ from fedsafe.data.sources import (
     place_of,
     with_answer,
 )
+from fedsafe.peers import ALONE, Peers, groups_of
 from fedsafe.safety.filter import SafetyFilter, verdict_columns
 from fedsafe.safety.score_cache import CHUNK_SIZE
 from fedsafe.types import Sample, Verdict
@@ -81,31 +81,35 @@ def count_rows(name: str, *, on_bad_row: OnBadRow) -> int:
 
 
 def filtered(
-    rows: Iterable[CheckedRow], safety: SafetyFilter, *, on_bad_row: OnBadRow = "skip"
+    rows: Iterable[CheckedRow],
+    safety: SafetyFilter,
+    *,
+    on_bad_row: OnBadRow = "skip",
+    peers: Peers = ALONE,
 ) -> Iterator[Sequence[FilteredRow | Rejected]]:
     """Judge rows, a window at a time; bad rows stay where they are between the others.
 
-    A window is as much as the filter keeps on disk at once: what is killed loses one window.
+    A window is as much as the filter keeps on disk at once: what is killed loses the windows that
+    are judged at the time, one a rank.
 
     Raises:
         ValueError: If the guard cannot judge a row, and such rows are not to be skipped; or if it
             can judge none at all, or less than half of a window.
     """
-    stream = iter(rows)
     all_reasons: Counter[str] = Counter()
     num_judged = 0
-    while window := list(islice(stream, CHUNK_SIZE)):
-        window, judged, reasons = _judge(window, safety, on_bad_row=on_bad_row)
-        num_usable = len(judged) + len(reasons)
-        if num_usable >= _SUSPICIOUS_ROWS and 2 * len(reasons) > num_usable:
-            raise _wrong_guard(Counter(reasons), safety, num_usable=num_usable)
-        all_reasons.update(reasons)
-        num_judged += len(judged)
-        verdicts = iter(judged)
-        yield [
-            row.rejected or _apply(row, safety, next(verdicts))  # in the order of the rows
-            for row in window
-        ]
+    for together in groups_of(groups_of(rows, CHUNK_SIZE), peers.size):
+        asked = [[row.sample["messages"] for row in window if row.sample] for window in together]
+        found = safety.judge_windows(asked, peers=peers)
+        for rows_before, (verdicts, reasons) in zip(together, found, strict=True):
+            window = _without_unjudged(rows_before, reasons, on_bad_row=on_bad_row)
+            num_usable = len(verdicts) + len(reasons)
+            if num_usable >= _SUSPICIOUS_ROWS and 2 * len(reasons) > num_usable:
+                raise _wrong_guard(Counter(reasons.values()), safety, num_usable=num_usable)
+            all_reasons.update(reasons.values())
+            num_judged += len(verdicts)
+            in_order = iter(verdicts.values())
+            yield [row.rejected or _apply(row, safety, next(in_order)) for row in window]
     if all_reasons and num_judged == 0:
         raise _wrong_guard(all_reasons, safety, num_usable=all_reasons.total())
 
@@ -119,27 +123,31 @@ def _wrong_guard(reasons: Counter[str], safety: SafetyFilter, *, num_usable: int
     )
 
 
-def _judge(
-    window: list[CheckedRow], safety: SafetyFilter, *, on_bad_row: OnBadRow
-) -> tuple[list[CheckedRow], list[Verdict], list[str]]:
-    """The rows, the verdicts of those that are good, why the guard cannot judge others.
+def _without_unjudged(
+    window: Sequence[CheckedRow], reasons: Mapping[int, str], *, on_bad_row: OnBadRow
+) -> list[CheckedRow]:
+    """The rows of a window; one that the guard cannot judge is a bad one now.
 
-    A row that it cannot judge is a bad one now.
+    Args:
+        window: The rows.
+        reasons: Why it cannot, by the number of the row among the good ones.
+        on_bad_row: Whether such rows are an error.
     """
     good = [place for place, row in enumerate(window) if row.sample is not None]
-    samples = [row.sample for row in window if row.sample is not None]
-    verdicts, reasons = safety.judge_each([sample["messages"] for sample in samples])
-    window = list(window)
+    left = list(window)
     for index, reason in reasons.items():
-        source, row = samples[index]["source"], samples[index]["row"]
+        sample = left[good[index]].sample
+        assert sample is not None
+        source, row = sample["source"], sample["row"]
         if on_bad_row == "error":
             raise ValueError(
                 f"{place_of(source, row)}: cannot be judged: {reason}; take the row out, or set "
                 "on_bad_row: skip"
             )
-        bad = Rejected(source, row, f"cannot be judged: {reason}")
-        window[good[index]] = CheckedRow({}, None, bad)
-    return window, list(verdicts.values()), list(reasons.values())
+        left[good[index]] = CheckedRow(
+            {}, None, Rejected(source, row, f"cannot be judged: {reason}")
+        )
+    return left
 
 
 def _apply(row: CheckedRow, safety: SafetyFilter, verdict: Verdict) -> FilteredRow:

@@ -66,6 +66,10 @@ class UnjudgeableError(ValueError):
         super().__init__(f"conversation {index}: {reason}{more}")
         self.reasons = reasons
 
+    def __reduce__(self) -> tuple[type["UnjudgeableError"], tuple[Mapping[int, str]]]:
+        """As it is sent to other ranks."""
+        return UnjudgeableError, (self.reasons,)
+
     def renumbered(self, places: Sequence[int]) -> "UnjudgeableError":
         """The same of a list in which conversation `index` stands at ``places[index]``."""
         return UnjudgeableError({places[index]: each for index, each in self.reasons.items()})
