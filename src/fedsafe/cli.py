@@ -70,9 +70,24 @@ def _run(name: str, arguments: list[str]) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("FEDSAFE_DEBUG"):
             raise
-        sys.stderr.write(f"fedsafe {name}: {error}\n")
+        sys.stderr.write(f"fedsafe {name}{_rank()}: {error}\n")
         return 1
+    finally:
+        _leave_the_other_ranks()
     return 0
+
+
+def _rank() -> str:
+    """Says which of several processes failed, but for the first."""
+    rank = os.environ.get("RANK", "0")
+    return f" (rank {rank})" if rank != "0" else ""
+
+
+def _leave_the_other_ranks() -> None:
+    """End what ties the processes of a run together, where there are several."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _help() -> str:

@@ -46,10 +46,12 @@ class RunReport(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Complete `metrics.csv`, draw the picture, print the summary and write the page."""
+        if not trainer.is_global_zero:
+            return
         run_dir = Path(trainer.default_root_dir)
         run = read_run(run_dir)
         rows = run.rounds
-        if not trainer.is_global_zero or not rows:
+        if not rows:
             return
         for logger in _csv_loggers(trainer):
             logger.experiment.complete(rows)

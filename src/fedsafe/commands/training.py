@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from rich.console import Console
 
 from fedsafe.commands import class_names  # noqa: F401
+from fedsafe.commands.launcher import fit_to_launcher, is_first_rank
 from fedsafe.commands.noise import quiet_known_noise
 from fedsafe.commands.parsing import exit_with
 from fedsafe.commands.tested_adapter import HELP as ADAPTER_HELP
@@ -178,6 +179,7 @@ class FedsafeCLI(LightningCLI):
         self._checkpoint, config.ckpt_path = config.ckpt_path, None
         measuring = self.subcommand != "fit"
         self._adapter: str | None = config.pop("adapter", None)
+        fit_to_launcher(config.trainer)
         if self._adapter is not None:
             self._take_adapter(config)
             return
@@ -254,7 +256,7 @@ class FedsafeCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Write down how the run was started; what goes on was started before."""
-        if self._checkpoint is None:
+        if self._checkpoint is None and is_first_rank():
             run_dir = Path(self.config[self.subcommand].run_dir)
             write_run_facts(run_dir, self.given)
 
@@ -265,6 +267,8 @@ class FedsafeCLI(LightningCLI):
     def after_test(self) -> None:
         """Write down what was measured, and show it."""
         self._write_results()
+        if not self.trainer.is_global_zero:
+            return
         run_dir = Path(self.config[self.subcommand].run_dir)
         measured = self.trainer.callback_metrics.keys()
         results = read_results(run_dir)
@@ -273,6 +277,8 @@ class FedsafeCLI(LightningCLI):
 
     def _write_results(self) -> None:
         """Add the measures to `results.json`, but for those that benchmarks put there."""
+        if not self.trainer.is_global_zero:
+            return
         metrics = self.trainer.callback_metrics.items()
         tested = tuple(f"{self.model.subject}/{name}/" for name in self.model.benchmark_scores)
         measured = {name: x.item() for name, x in metrics if not name.startswith(tested)}
