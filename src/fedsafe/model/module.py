@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.strategies import Strategy
 from peft import PeftModel
 from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
@@ -38,7 +40,7 @@ from fedsafe.model.objectives import (
     sums_per_sample,
 )
 from fedsafe.model.probes import check_isolation, head_is_plain
-from fedsafe.strategies.layout import flat_adapter_under
+from fedsafe.strategies.layout import built_under, called_inside, flat_adapter_under
 
 
 class LoraLM(LightningModule):
@@ -113,14 +115,16 @@ class LoraLM(LightningModule):
         self._head_is_plain: bool | None = None
 
     def configure_model(self) -> None:
-        """Build the frozen base and the adapter, once."""
-        if self.model is not None:
-            return
+        """Build the frozen base and the adapter, once, as the strategy keeps them."""
+        if self.model is None:
+            self.model = built_under(self._strategy, self._make_model)
+
+    def _make_model(self) -> PeftModel:
         hp: Any = self.hparams
         base = self.make_base()
         if hp.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
-        self.model = add_lora(
+        model = add_lora(
             base,
             rank=hp.rank,
             alpha=hp.alpha,
@@ -128,7 +132,8 @@ class LoraLM(LightningModule):
             target_modules=hp.target_modules,
             seed=hp.seed,
         )
-        self.model.train()
+        model.train()
+        return model
 
     def make_base(self) -> PreTrainedModel:
         """A new copy of the frozen base; with `from_config`, the same random weights each time."""
@@ -150,8 +155,11 @@ class LoraLM(LightningModule):
 
     def flat_adapter(self) -> FlatAdapter:
         """The adapter as one vector, under the strategy of the Trainer if there is one."""
-        strategy = self._trainer.strategy if self._trainer is not None else None
-        return flat_adapter_under(strategy, self.peft_model.named_parameters())
+        return flat_adapter_under(self._strategy, self.peft_model.named_parameters())
+
+    @property
+    def _strategy(self) -> Strategy | None:
+        return self._trainer.strategy if self._trainer is not None else None
 
     def check_data(self, *, vocab_size: int, longest: int, largest_id: int = 0) -> None:
         """Refuse samples that the base cannot read, before one of them fails deep inside it.
@@ -196,8 +204,12 @@ class LoraLM(LightningModule):
             logits = self.peft_model(**inputs, logits_to_keep=batch.predictors).logits[0]
             return nll(logits, batch.targets)
         base: Any = self.peft_model.get_base_model()
-        hidden = base.base_model(**inputs).last_hidden_state[0, batch.predictors]
-        return frozen_head_nll(hidden, base.get_output_embeddings().weight, batch.targets)
+
+        def nll_of_hidden() -> Tensor:
+            hidden = base.base_model(**inputs).last_hidden_state[0, batch.predictors]
+            return frozen_head_nll(hidden, base.get_output_embeddings().weight, batch.targets)
+
+        return called_inside(self._strategy, base, nll_of_hidden)
 
     def training_step(
         self, batch: SupervisedBatch | PreferenceBatch, batch_idx: int
@@ -246,7 +258,7 @@ class LoraLM(LightningModule):
         Returns:
             Of a benchmark: `benchmark`, its name, and `records`, the items' records.
         """
-        with self._adapter_of(self.subject):
+        with adapter_scale(self.peft_model, 0 if self.subject == "base" else 1):
             if isinstance(batch, Pack):
                 self._evaluate(batch, self.test_loss, f"{self.subject}/loss")
                 return None
@@ -268,11 +280,6 @@ class LoraLM(LightningModule):
         """The model as benchmarks see it."""
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         return Respondent(self.peft_model, tokenizer, self.answer_logprobs)
-
-    @contextmanager
-    def _adapter_of(self, subject: Subject) -> Iterator[None]:
-        with adapter_scale(self.peft_model, 0 if subject == "base" else 1):
-            yield
 
     def _evaluate(self, batch: Pack, metric: MeanMetric, name: str) -> None:
         nll_per_token = self(batch)
@@ -328,17 +335,8 @@ class LoraLM(LightningModule):
 
     def identity(self) -> dict[str, Any]:
         """The settings that a resumed run must share with the run it resumes."""
-        names = (
-            "base",
-            "from_config",
-            "rank",
-            "alpha",
-            "target_modules",
-            "dtype",
-            "optimizer",
-            "seed",
-        )
-        return {f"model.{name}": self.hparams[name] for name in names}
+        names = "base from_config rank alpha target_modules dtype optimizer seed"
+        return {f"model.{name}": self.hparams[name] for name in names.split()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the base out: it is frozen.
@@ -368,8 +366,8 @@ class LoraLM(LightningModule):
         """Whether the output layer is a plain product; refuses a model that mixes samples."""
         base = self.peft_model.get_base_model()
         with self._evaluating():  # dropout would make two passes differ
-            check_isolation(base, self._inputs)
-            return head_is_plain(base, self._inputs)
+            called_inside(self._strategy, base, partial(check_isolation, base, self._inputs))
+            return called_inside(self._strategy, base, partial(head_is_plain, base, self._inputs))
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -7,15 +7,19 @@ ranks that hold one replica together do the same in lock-step.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from peft import PeftModel
 from torch import nn
 
 from fedsafe.federated.exchange import ExchangeMode
 from fedsafe.model.flat_adapter import FlatAdapter, WholeAdapter
 from fedsafe.peers import ALONE, Peers
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,22 @@ class LaidOut(ABC):
         """Access to the adapter as this strategy keeps it."""
         return WholeAdapter(named_parameters)
 
+    def build(self, make: Callable[[], PeftModel]) -> PeftModel:
+        """The model as this strategy keeps it; all ranks call.
+
+        Args:
+            make: Makes the base with its adapter, whole and on the CPU; a strategy that keeps parts
+                need not call it on every rank.
+        """
+        return make()
+
+    def call_inside(self, base: nn.Module, function: Callable[[], T]) -> T:
+        """Call a function that runs parts of the base, or uses its output layer's weight, directly.
+
+        Calling the base itself needs no help.
+        """
+        return function()
+
 
 def layout_of(strategy: Strategy) -> Layout:
     """Who does what under a strategy.
@@ -82,3 +102,15 @@ def flat_adapter_under(
     if isinstance(strategy, LaidOut):
         return strategy.flat_adapter(named_parameters)
     return WholeAdapter(named_parameters)
+
+
+def built_under(strategy: Strategy | None, make: Callable[[], PeftModel]) -> PeftModel:
+    """The model as a strategy keeps it; see `LaidOut.build`."""
+    return strategy.build(make) if isinstance(strategy, LaidOut) else make()
+
+
+def called_inside(strategy: Strategy | None, base: nn.Module, function: Callable[[], T]) -> T:
+    """What a function returns that runs parts of the base directly; see `LaidOut.call_inside`."""
+    if isinstance(strategy, LaidOut):
+        return strategy.call_inside(base, function)
+    return function()
