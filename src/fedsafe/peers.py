@@ -43,6 +43,10 @@ class Peers:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def gather_lists(self, values: Sequence[T]) -> list[T]:
+        """Everyone's values one after the other, in the order of their indices."""
+        return [value for some in self.gather(values) for value in some]
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """Replace the tensor by the sum over all; all have the same bits then."""
         if self.size > 1:

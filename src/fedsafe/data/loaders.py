@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from fedsafe.data.packing import Pack, TrainingBatch, pack, pack_batch, split_by_budget
 from fedsafe.data.tokens import TokenStore
 from fedsafe.federated.schedule import BatchKey, RoundPlan
+from fedsafe.peers import ALONE, Peers
 
 _EVALUATION_TOKENS = 8192
 
@@ -38,16 +39,24 @@ def visits_loader(
 
 
 def evaluation_loader(
-    store: TokenStore, samples: NDArray[np.int64], clients: Sequence[int]
+    store: TokenStore, samples: NDArray[np.int64], clients: Sequence[int], peers: Peers = ALONE
 ) -> DataLoader[EvaluationBatch]:
     """Packs of `samples`, all of them once for each of `clients`.
 
-    `clients` are looked up when a batch is made: they may change until then, their number may not.
+    Args:
+        store: Where the samples are.
+        samples: Which ones.
+        clients: Whose adapters; they are looked up when a batch is made, and may change until then,
+            their number may not.
+        peers: Ranks that share the packs, dealt like cards. All go through as many, some of which
+            may hold no sample, and are at the same client at the same time.
     """
     groups = split_by_budget(store.lengths[samples], max_tokens=_EVALUATION_TOKENS)
     packs = [samples[group] for group in groups]
     # in this process, which sees the clients change: Lightning would not ask for another loader
-    return DataLoader(_EvaluationPacks(store, packs, clients), batch_size=None, num_workers=0)
+    dealt = [packs[begin : begin + peers.size] for begin in range(0, len(packs), peers.size)]
+    mine = [some[peers.index] if peers.index < len(some) else samples[:0] for some in dealt]
+    return DataLoader(_EvaluationPacks(store, mine, clients), batch_size=None, num_workers=0)
 
 
 class _RestOfRound(Sampler[BatchKey]):
@@ -77,7 +86,7 @@ class _TrainingPacks(Dataset[TrainingBatch]):
 
 
 class _EvaluationPacks(Dataset[EvaluationBatch]):
-    """Every pack, once for each of `clients`, who are looked up when a batch is made."""
+    """A rank's packs, once for each of `clients`, who are looked up when a batch is made."""
 
     def __init__(
         self, store: TokenStore, packs: Sequence[NDArray[np.int64]], clients: Sequence[int]

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedsafe.data.packing import Pack
 from fedsafe.model.generation import Model
+from fedsafe.peers import ALONE, Peers
 from fedsafe.types import Conversation
 
 Item = TypeVar("Item")
@@ -24,11 +25,14 @@ class Respondent:
         tokenizer: Its tokenizer, with a chat template.
         answer_logprobs: Log-probability of each answer of a pack, summed over its tokens, nats,
             shape ``(num_samples,)``.
+        replica: The ranks that hold the model together. They all ask the same items; what another
+            model does, such as a guard or a judge, the first of them has done for all.
     """
 
     model: Model
     tokenizer: PreTrainedTokenizerBase
     answer_logprobs: Callable[[Pack], Tensor]
+    replica: Peers = ALONE
 
 
 @dataclass(frozen=True)

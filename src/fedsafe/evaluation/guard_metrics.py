@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from math import ceil
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,7 +44,8 @@ class GuardMetrics(Metric):
 
     A sample is flagged where its probability is at least the threshold, as the filter flags it;
     torchmetrics' own classes would ask for more than the threshold. Keeps the probabilities, 9
-    bytes a sample, because the area under the curve is exact.
+    bytes a sample, because the area under the curve is exact. Each of several ranks is given all
+    verdicts: nothing is added over ranks.
 
     Args:
         threshold: Probability from which a sample counts as unsafe.
@@ -52,8 +53,8 @@ class GuardMetrics(Metric):
 
     full_state_update = False
 
-    def __init__(self, threshold: float = 0.5, **settings: Any) -> None:
-        super().__init__(**settings)
+    def __init__(self, threshold: float = 0.5) -> None:
+        super().__init__(sync_on_compute=False)
         self.threshold = threshold
         self.probabilities: list[Tensor]
         self.labels: list[Tensor]

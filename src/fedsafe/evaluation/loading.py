@@ -1,11 +1,13 @@
 """Benchmarks as loaders of a Trainer: what `fedsafe test` goes through."""
 
+import math
 import re
 from collections.abc import Sequence
 
 from torch.utils.data import DataLoader, Dataset
 
 from fedsafe.evaluation.benchmark import Benchmark
+from fedsafe.peers import ALONE, Peers
 
 
 class BenchmarkBatch:
@@ -16,7 +18,7 @@ class BenchmarkBatch:
 
     Args:
         benchmark: Of which benchmark.
-        places: Which items, from 0.
+        places: Which items, from 0; none where other replicas have the last batches.
     """
 
     def __init__(self, benchmark: Benchmark, places: Sequence[int]) -> None:
@@ -24,8 +26,14 @@ class BenchmarkBatch:
         self.places = places
 
 
-def benchmark_loaders(benchmarks: Sequence[Benchmark]) -> list[DataLoader[BenchmarkBatch]]:
+def benchmark_loaders(
+    benchmarks: Sequence[Benchmark], replicas: Peers = ALONE
+) -> list[DataLoader[BenchmarkBatch]]:
     """All items of each benchmark, in its batches; they are read if that has not been done.
+
+    Args:
+        benchmarks: What to ask.
+        replicas: Those who share the batches, dealt like cards; all go through as many.
 
     Raises:
         ValueError: If two benchmarks share a name: each has a file and measures of its own; or one
@@ -34,7 +42,9 @@ def benchmark_loaders(benchmarks: Sequence[Benchmark]) -> list[DataLoader[Benchm
     check_names(benchmarks)
     for benchmark in benchmarks:
         benchmark.load()
-    return [DataLoader(_Batches(each), batch_size=None, num_workers=0) for each in benchmarks]
+    return [
+        DataLoader(_Batches(each, replicas), batch_size=None, num_workers=0) for each in benchmarks
+    ]
 
 
 def check_names(benchmarks: Sequence[Benchmark]) -> None:
@@ -55,15 +65,22 @@ def check_names(benchmarks: Sequence[Benchmark]) -> None:
 
 
 class _Batches(Dataset[BenchmarkBatch]):
-    def __init__(self, benchmark: Benchmark) -> None:
+    """One replica's batches of a benchmark."""
+
+    def __init__(self, benchmark: Benchmark, replicas: Peers) -> None:
         self.benchmark = benchmark
-        size = benchmark.batch_size
-        self.begins = range(0, benchmark.num_items, size)
+        self.replicas = replicas
+        self.batches = batches_of(range(benchmark.num_items), benchmark.batch_size)
 
     def __len__(self) -> int:
-        return len(self.begins)
+        return math.ceil(len(self.batches) / self.replicas.size)
 
     def __getitem__(self, index: int) -> BenchmarkBatch:
-        begin = self.begins[index]
-        end = min(begin + self.benchmark.batch_size, self.benchmark.num_items)
-        return BenchmarkBatch(self.benchmark, range(begin, end))
+        number = index * self.replicas.size + self.replicas.index
+        places = self.batches[number] if number < len(self.batches) else []
+        return BenchmarkBatch(self.benchmark, places)
+
+
+def batches_of(places: Sequence[int], size: int) -> list[Sequence[int]]:
+    """Items that are asked together."""
+    return [places[begin : begin + size] for begin in range(0, len(places), size)]

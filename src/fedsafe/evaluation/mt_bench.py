@@ -177,7 +177,8 @@ class MTBench(Benchmark):
             said = self._converse(respondent, questions)
         else:
             said = [self._said_before(question) for question in questions]
-        scored = self._score(list(map(self._replied, questions, said)))
+        replied = list(map(self._replied, questions, said))
+        scored = respondent.replica.from_first(lambda: self._score(replied))
         return [
             Record(
                 f"{ID_PREFIX}{question.id}",

@@ -128,7 +128,7 @@ class PromptBenchmark(Benchmark):
             [*turns, Turn(role="assistant", content=answer.text)] if answer.fits else turns
             for turns, answer in zip(asked, answers, strict=True)
         ]
-        judged = self._judged(items, talks)
+        judged = respondent.replica.from_first(lambda: self._judged(items, talks))
         return [
             self._record(item, talk, answer, judged.get(index))
             for index, (item, talk, answer) in enumerate(zip(items, talks, answers, strict=True))

@@ -17,6 +17,8 @@ from fedsafe.model.module import LoraLM
 class RecordWriter(Callback):
     """Writes the records and the measures of each benchmark as soon as all of it has been asked.
 
+    Of several ranks the first one writes; all have all records.
+
     Args:
         about: By benchmark, what is to be written down of its test beside time and adapter.
     """
@@ -46,10 +48,11 @@ class RecordWriter(Callback):
         if batch_idx + 1 == trainer.num_test_batches[dataloader_idx]:
             assert isinstance(pl_module, LoraLM)
             batch.benchmark.release()
+            digest = _digest(pl_module) if pl_module.subject == "test" else None  # all ranks read
             if trainer.is_global_zero:
-                self._write(Path(trainer.default_root_dir), pl_module, name)
+                self._write(Path(trainer.default_root_dir), pl_module, name, digest)
 
-    def _write(self, run_dir: Path, module: LoraLM, name: str) -> None:
+    def _write(self, run_dir: Path, module: LoraLM, name: str, digest: str | None) -> None:
         subject = module.subject
         scores = module.benchmark_scores[name].compute()
         write_records(run_dir, subject, name, self.records.pop(name))
@@ -57,7 +60,7 @@ class RecordWriter(Callback):
         about = {
             **self.about.get(name, {}),
             "measured": datetime.now(UTC).isoformat(timespec="seconds"),
-            "digest": _digest(module) if subject == "test" else None,
+            "digest": digest,
         }
         note_test(run_dir, subject, name, about)
 

@@ -1,16 +1,18 @@
 """`SafetyProbe`: a small sample of benchmarks, asked round by round."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
 
 from fedsafe.data.datamodule import FederatedDataModule
 from fedsafe.data.output_files import write_whole
-from fedsafe.evaluation.benchmark import Benchmark, check_counts, evenly_spread
-from fedsafe.evaluation.loading import check_names
+from fedsafe.evaluation.benchmark import Benchmark, Record, check_counts, evenly_spread
+from fedsafe.evaluation.loading import BenchmarkBatch, batches_of, check_names
 from fedsafe.evaluation.scores import NUM_UNSCORED, BenchmarkScores
 from fedsafe.model.module import LoraLM
+from fedsafe.strategies.layout import layout_of
 
 BEFORE = "before.json"
 """What was measured before the first round; beside `rounds.jsonl`."""
@@ -80,15 +82,40 @@ class SafetyProbe(Callback):
         """Every measure of the samples by its name."""
         assert isinstance(pl_module, LoraLM)
         found: dict[str, float] = {}
+        records = self._ask(pl_module)
         for benchmark in self.benchmarks:
-            places = evenly_spread(range(benchmark.num_items), self.num_items)
-            records = benchmark.ask(pl_module.respondent(), places)
             benchmark.release()
             scores = BenchmarkScores(benchmark.measures)
-            scores.update(records)
+            scores.update(records[benchmark.name])
             means = scores.compute().items()
             found |= {_name(benchmark, n): x.item() for n, x in means if n != NUM_UNSCORED}
         return found
+
+    def _ask(self, module: LoraLM) -> dict[str, list[Record]]:
+        """The records of each benchmark's sample, on every rank; replicas share the asking."""
+        replicas = layout_of(module.trainer.strategy).replicas
+        respondent = module.respondent()
+        records: dict[str, list[Record]] = {benchmark.name: [] for benchmark in self.benchmarks}
+        units = [
+            BenchmarkBatch(benchmark, places)
+            for benchmark in self.benchmarks
+            for places in self._parts(benchmark, alone=replicas.size == 1)
+        ]
+
+        def ask(unit: BenchmarkBatch) -> list[Record]:
+            for other in self.benchmarks:  # one guard or judge in memory at a time
+                if other is not unit.benchmark:
+                    other.release()
+            return unit.benchmark.ask(respondent, unit.places)
+
+        for unit, found in zip(units, replicas.in_turns(units, ask), strict=True):
+            records[unit.benchmark.name] += found
+        return records
+
+    def _parts(self, benchmark: Benchmark, *, alone: bool) -> list[Sequence[int]]:
+        """The sample, in the batches that it is asked in; alone a benchmark makes them itself."""
+        places = evenly_spread(range(benchmark.num_items), self.num_items)
+        return [places] if alone else batches_of(places, benchmark.batch_size)
 
     def _names(self) -> list[str]:
         return [_name(one, measure) for one in self.benchmarks for measure in one.measures]

@@ -20,7 +20,8 @@ class BenchmarkScores(Metric):
     """Means of the scores of a benchmark's records.
 
     A mean is over the records that have the score: an item that could not be scored counts for
-    nothing, never as 0; `num_unscored` says how many there are.
+    nothing, never as 0; `num_unscored` says how many there are. Each of several ranks is given all
+    records: nothing is added over ranks.
 
     Args:
         measures: Names of the scores.
@@ -33,7 +34,7 @@ class BenchmarkScores(Metric):
     unscored: Tensor
 
     def __init__(self, measures: Sequence[str], categories: Iterable[str | None] = ()) -> None:
-        super().__init__()
+        super().__init__(sync_on_compute=False)
         self.measures = tuple(measures)
         self.categories = tuple(sorted({name for name in categories if name is not None}))
         shape = (len(self.categories) + 1, len(self.measures))  # the last row: no category

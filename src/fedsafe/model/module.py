@@ -40,7 +40,7 @@ from fedsafe.model.objectives import (
     sums_per_sample,
 )
 from fedsafe.model.probes import check_isolation, head_is_plain
-from fedsafe.strategies.layout import built_under, called_inside, flat_adapter_under
+from fedsafe.strategies.layout import built_under, called_inside, flat_adapter_under, layout_of
 
 
 class LoraLM(LightningModule):
@@ -256,14 +256,15 @@ class LoraLM(LightningModule):
         """Log the loss per answer token over the test samples, or ask items of a benchmark.
 
         Returns:
-            Of a benchmark: `benchmark`, its name, and `records`, the items' records.
+            Of a benchmark: `benchmark`, its name, and `records`, those of all replicas' items.
         """
         with adapter_scale(self.peft_model, 0 if self.subject == "base" else 1):
             if isinstance(batch, Pack):
                 self._evaluate(batch, self.test_loss, f"{self.subject}/loss")
                 return None
             benchmark = batch.benchmark
-            records = benchmark.ask(self.respondent(), batch.places)
+            asked = benchmark.ask(self.respondent(), batch.places) if batch.places else []
+        records = layout_of(self.trainer.strategy).replicas.gather_lists(asked)
         if benchmark.name not in self.benchmark_scores:
             scores = BenchmarkScores(benchmark.measures, benchmark.categories)
             self.benchmark_scores[benchmark.name] = scores.to(self.device)
@@ -279,7 +280,8 @@ class LoraLM(LightningModule):
     def respondent(self) -> Respondent:
         """The model as benchmarks see it."""
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        return Respondent(self.peft_model, tokenizer, self.answer_logprobs)
+        replica = layout_of(self.trainer.strategy).replica
+        return Respondent(self.peft_model, tokenizer, self.answer_logprobs, replica)
 
     def _evaluate(self, batch: Pack, metric: MeanMetric, name: str) -> None:
         nll_per_token = self(batch)

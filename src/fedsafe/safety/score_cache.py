@@ -116,7 +116,8 @@ class ScoreCache:
         parts = _only_new(windows, keys, known.keys())
         for verdicts, reasons in peers.in_turns(parts, self._judge_part):
             self._keep_too(verdicts, peers)
-            known |= verdicts | reasons
+            known |= verdicts
+            known |= reasons
         return [_by_index([known[key] for key in window]) for window in keys]
 
     def _judge_part(

@@ -39,6 +39,11 @@ class Layout:
     replicas: Peers = ALONE
     world: Peers = ALONE
 
+    @property
+    def replica(self) -> Peers:
+        """The ranks that hold this rank's copy of the base together."""
+        return ALONE if self.replicas.size == self.world.size else self.data
+
 
 class LaidOut(ABC):
     """A strategy of fedsafe's own, which knows its layout."""
