@@ -1,0 +1,162 @@
+"""`ShardedStrategy`: the ranks of a group hold one model together and train one client (FSDP2)."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+from peft import PeftModel
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+
+from fedsafe.federated.exchange import ExchangeMode
+from fedsafe.model.flat_adapter import FlatAdapter
+from fedsafe.model.sharded_adapter import ShardedAdapter
+from fedsafe.model.sharded_load import build_sharded
+from fedsafe.peers import Peers
+from fedsafe.strategies.layout import LaidOut, Layout
+
+T = TypeVar("T")
+
+_CLIENTS, _SHARDS = "clients", "shards"
+
+
+class ShardedStrategy(LaidOut, ModelParallelStrategy):
+    """Splits the base and the adapter over ranks, with PyTorch's FSDP2.
+
+    For a base too large for one GPU. With several `clients`, the ranks form as many groups, each of
+    which holds the whole model together and trains clients of its own.
+
+    Args:
+        clients: Clients that are trained at once; a number that divides the number of ranks.
+        exchange: What groups tell each other at a round's end: weighted `sums`, whose memory does
+            not grow with the clients, or every client's update in turn, which is bit-equal to one
+            group. Without use where there is one group.
+        timeout: How long a rank waits for the others, such as 0:30:00, before the run ends: longer
+            than the slowest loads the base, or the first to end a round waits for the last.
+        process_group_backend: How ranks speak; None takes nccl on GPUs and gloo on CPUs.
+    """
+
+    def __init__(
+        self,
+        clients: int = 1,
+        exchange: ExchangeMode = "sums",
+        timeout: timedelta = timedelta(minutes=30),
+        process_group_backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            save_distributed_checkpoint=False,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+        if clients < 1:
+            raise ValueError(f"clients is {clients}; give the number to train at once, 1 or more")
+        self.clients = clients
+        self.exchange: ExchangeMode = exchange
+
+    def setup_environment(self) -> None:
+        """Join the other ranks and form the groups.
+
+        Raises:
+            ValueError: If the number of ranks is not a multiple of `clients`.
+        """
+        num_ranks = self.num_nodes * self.num_processes
+        if num_ranks % self.clients:
+            raise ValueError(
+                f"{num_ranks} ranks cannot form {self.clients} groups of one size; start a "
+                f"multiple of {self.clients} ranks, or set the strategy's clients to a divisor of "
+                f"{num_ranks}"
+            )
+        self._setup_distributed()
+        self._device_mesh = init_device_mesh(
+            self.root_device.type,
+            (self.clients, num_ranks // self.clients),
+            mesh_dim_names=(_CLIENTS, _SHARDS),
+        )
+        assert self.lightning_module is not None
+        self.lightning_module._device_mesh = self._device_mesh
+
+    @property
+    def layout(self) -> Layout:
+        """A group trains a client and holds a replica."""
+        counterparts, group = self._peers(_CLIENTS), self._peers(_SHARDS)
+        world = Peers(self.global_rank, self.world_size)
+        return Layout(clients=counterparts, data=group, replicas=counterparts, world=world)
+
+    def _peers(self, dimension: str) -> Peers:
+        mesh = self.device_mesh[dimension]
+        return Peers(mesh.get_local_rank(), mesh.size(), mesh.get_group())
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Whose turn it is where Lightning itself deals samples to ranks."""
+        replicas = self.layout.replicas
+        return {"num_replicas": replicas.size, "rank": replicas.index}
+
+    # ---- the model -------------------------------------------------------------------------------
+
+    def build(self, make: Callable[[], PeftModel]) -> PeftModel:
+        """The model in parts; the first rank of each group makes it.
+
+        Raises:
+            ValueError: If its weights have 4 bits, which FSDP2 cannot split.
+        """
+        assert self.lightning_module is not None
+        if self.lightning_module.hparams.get("quantize_4bit"):
+            raise ValueError(
+                "quantize_4bit packs weights in a form that cannot be split over ranks; leave it "
+                "out, or take configs/strategy/ddp.yaml, whose ranks hold the whole base"
+            )
+        return build_sharded(make, self.device_mesh[_SHARDS], device=self.root_device)
+
+    def call_inside(self, base: nn.Module, function: Callable[[], T]) -> T:
+        """Call a function as FSDP2 calls a forward pass of the base, with its own weights whole."""
+        call: Any = base.call_inside
+        output: T = call(function)
+        return output
+
+    def flat_adapter(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> FlatAdapter:
+        """Access to the adapter in parts."""
+        return ShardedAdapter(named_parameters)
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Keep gradients to oneself, as DDP does, until the last of the batches of a step."""
+        assert self.model is not None
+        root = next(each for each in self.model.modules() if isinstance(each, FSDPModule))
+        root.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            root.set_requires_gradient_sync(True)
+
+    # ---- checkpoints: one file, without the model, that rank 0 writes and all read --------------
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """No part of a checkpoint waits for the model."""
+        return False
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Nothing; `FederatedRounds` keeps the adapter."""
+        return {}
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Nothing; `FederatedRounds` keeps what the optimizer remembers."""
+        return {}
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None
+    ) -> None:
+        """Write the file on rank 0."""
+        ParallelStrategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+
+    def load_checkpoint(
+        self, checkpoint_path: _PATH, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read the file on every rank."""
+        return ParallelStrategy.load_checkpoint(self, checkpoint_path, weights_only)
