@@ -40,7 +40,7 @@ from fedsafe.model.objectives import (
     sums_per_sample,
 )
 from fedsafe.model.probes import check_isolation, head_is_plain
-from fedsafe.strategies.layout import built_under, called_inside, flat_adapter_under, layout_of
+from fedsafe.strategies import layout
 
 
 class LoraLM(LightningModule):
@@ -117,7 +117,7 @@ class LoraLM(LightningModule):
     def configure_model(self) -> None:
         """Build the frozen base and the adapter, once, as the strategy keeps them."""
         if self.model is None:
-            self.model = built_under(self._strategy, self._make_model)
+            self.model = layout.built_under(self._strategy, self._make_model)
 
     def _make_model(self) -> PeftModel:
         hp: Any = self.hparams
@@ -155,7 +155,7 @@ class LoraLM(LightningModule):
 
     def flat_adapter(self) -> FlatAdapter:
         """The adapter as one vector, under the strategy of the Trainer if there is one."""
-        return flat_adapter_under(self._strategy, self.peft_model.named_parameters())
+        return layout.flat_adapter_under(self._strategy, self.peft_model.named_parameters())
 
     @property
     def _strategy(self) -> Strategy | None:
@@ -173,7 +173,7 @@ class LoraLM(LightningModule):
             ValueError: If the base has too few embeddings or too few positions.
         """
         base: Any = self.peft_model.get_base_model()
-        num_embeddings = base.get_input_embeddings().weight.shape[0]
+        num_embeddings = base.get_input_embeddings().num_embeddings
         # a trained base may lack rows for tokens that were added later and are not in the samples
         if self.hparams["from_config"] is not None and vocab_size > num_embeddings:
             raise ValueError(
@@ -207,9 +207,11 @@ class LoraLM(LightningModule):
 
         def nll_of_hidden() -> Tensor:
             hidden = base.base_model(**inputs).last_hidden_state[0, batch.predictors]
-            return frozen_head_nll(hidden, base.get_output_embeddings().weight, batch.targets)
+            head = base.get_output_embeddings()
+            with layout.whole_under(self._strategy, head):
+                return frozen_head_nll(hidden, head.weight, batch.targets)
 
-        return called_inside(self._strategy, base, nll_of_hidden)
+        return layout.called_inside(self._strategy, base, nll_of_hidden)
 
     def training_step(
         self, batch: SupervisedBatch | PreferenceBatch, batch_idx: int
@@ -221,7 +223,7 @@ class LoraLM(LightningModule):
             chosen answers; and for preferences `num_preferred`, the pairs of which the better
             answer became likelier, against the worse one, than the reference has it.
         """
-        nll_per_token = self(batch)
+        nll_per_token = self.forward(batch)  # not self(batch): hooks count calls as steps
         if isinstance(batch, PreferenceBatch):
             return _preference_step(nll_per_token, batch)
         loss = sft_loss(nll_per_token, normalizer=batch.normalizer)
@@ -264,7 +266,7 @@ class LoraLM(LightningModule):
                 return None
             benchmark = batch.benchmark
             asked = benchmark.ask(self.respondent(), batch.places) if batch.places else []
-        records = layout_of(self.trainer.strategy).replicas.gather_lists(asked)
+        records = layout.layout_of(self.trainer.strategy).replicas.gather_lists(asked)
         if benchmark.name not in self.benchmark_scores:
             scores = BenchmarkScores(benchmark.measures, benchmark.categories)
             self.benchmark_scores[benchmark.name] = scores.to(self.device)
@@ -280,7 +282,7 @@ class LoraLM(LightningModule):
     def respondent(self) -> Respondent:
         """The model as benchmarks see it."""
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        replica = layout_of(self.trainer.strategy).replica
+        replica = layout.layout_of(self.trainer.strategy).replica
         return Respondent(self.peft_model, tokenizer, self.answer_logprobs, replica)
 
     def _evaluate(self, batch: Pack, metric: MeanMetric, name: str) -> None:
@@ -368,8 +370,10 @@ class LoraLM(LightningModule):
         """Whether the output layer is a plain product; refuses a model that mixes samples."""
         base = self.peft_model.get_base_model()
         with self._evaluating():  # dropout would make two passes differ
-            called_inside(self._strategy, base, partial(check_isolation, base, self._inputs))
-            return called_inside(self._strategy, base, partial(head_is_plain, base, self._inputs))
+            layout.called_inside(self._strategy, base, partial(check_isolation, base, self._inputs))
+            return layout.called_inside(
+                self._strategy, base, partial(head_is_plain, base, self._inputs)
+            )
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ ranks that hold one replica together do the same in lock-step.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -75,6 +76,10 @@ class LaidOut(ABC):
         """
         return function()
 
+    def whole(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Makes a module's own weights whole for a while, for use without calling the module."""
+        return nullcontext()
+
 
 def layout_of(strategy: Strategy) -> Layout:
     """Who does what under a strategy.
@@ -119,3 +124,8 @@ def called_inside(strategy: Strategy | None, base: nn.Module, function: Callable
     if isinstance(strategy, LaidOut):
         return strategy.call_inside(base, function)
     return function()
+
+
+def whole_under(strategy: Strategy | None, module: nn.Module) -> AbstractContextManager[None]:
+    """A module's own weights, whole for a while; see `LaidOut.whole`."""
+    return strategy.whole(module) if isinstance(strategy, LaidOut) else nullcontext()
