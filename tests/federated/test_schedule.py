@@ -5,6 +5,7 @@ import pytest
 
 from fedsafe.federated.partition import NumberedNames, Partition
 from fedsafe.federated.schedule import BatchKey, Schedule, Visit
+from fedsafe.federated.sharing import Share
 
 SIZES = (9, 4, 7, 1, 6)
 
@@ -220,3 +221,75 @@ def test_a_million_clients_are_planned_without_looking_at_all_of_them() -> None:
 def test_a_number_out_of_range_is_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_schedule(**settings)
+
+
+def shares(num_groups: int, num_ranks: int) -> list[Share]:
+    return [Share(g, num_groups, r, num_ranks) for g in range(num_groups) for r in range(num_ranks)]
+
+
+@pytest.mark.parametrize("num_micro", [1, 2])
+def test_the_ranks_of_a_group_share_each_step_without_loss_or_doubles(num_micro: int) -> None:
+    whole = make_schedule(local_epochs=2)
+    ranks = [
+        make_schedule(local_epochs=2, num_micro=num_micro, share=share) for share in shares(1, 3)
+    ]
+    keys = [list(rank.plan(1).batches()) for rank in ranks]
+    assert len({len(each) for each in keys}) == 1
+    parts: dict[tuple[int, int], list[BatchKey]] = {}
+    for key in (key for each in keys for key in each):
+        parts.setdefault((key.client, key.step), []).append(key)
+    for step in whole.plan(1).batches():
+        own = parts.pop((step.client, step.step))
+        assert sorted(key.part for key in own) == list(range(3 * num_micro))
+        assert {key.num_parts for key in own} == {3 * num_micro}
+        joined = [i for key in own for i in key.samples.tolist()]
+        assert sorted(joined) == sorted(step.samples.tolist())
+        assert all(np.array_equal(key.step_samples, step.samples) for key in own)
+    assert not parts
+
+
+@pytest.mark.parametrize("clients_per_round", [1, 3, 4, 5])
+@pytest.mark.parametrize("num_groups", [2, 3, 4])
+def test_groups_share_the_visits_and_have_as_many_batches(
+    clients_per_round: int, num_groups: int
+) -> None:
+    settings = {"clients_per_round": clients_per_round, "local_epochs": 1, "server_visits": "every"}
+    whole = make_schedule(**settings).plan(2)
+    plans = [make_schedule(**settings, share=share).plan(2) for share in shares(num_groups, 1)]
+    assert len({len(plan) for plan in plans}) == 1
+    assert all(plan.owners == plans[0].owners for plan in plans)
+    found: list[tuple[object, ...]] = []
+    for plan in plans:
+        batches = list(plan.batches())
+        assert len(batches) == len(plan)
+        assert batches[-1].is_server_visit
+        busy = [key for key in batches[:-1] if not key.is_idle]
+        assert batches[: len(busy)] == busy, "a rank idles when its visits are over, not before"
+        found += map(plain, busy)
+    assert sorted(found, key=repr) == sorted(map(plain, list(whole.batches())[:-1]), key=repr)
+
+
+def test_a_rank_that_idles_skips_what_is_done() -> None:
+    plan = make_schedule(clients_per_round=1, share=Share(1, 2)).plan(0)
+    assert [key.is_idle for key in plan.batches()] == [True] * 4
+    assert [key.is_idle for key in plan.batches(start=3)] == [True]
+    assert list(plan.batches(start=4)) == []
+
+
+def test_visits_are_spread_by_the_tokens_they_train_on() -> None:
+    tokens = np.ones(200, dtype=np.int32)
+    first = make_schedule(clients_per_round=5, local_steps=1).partition.samples_of(3)
+    tokens[first] = 1000  # client 3 holds one sample, and a long one
+    even, by_tokens = (
+        make_schedule(clients_per_round=5, sample_tokens=each, share=Share(0, 2)).plan(0).owners
+        for each in (None, tokens)
+    )
+    assert [client for client, group in by_tokens.items() if group == by_tokens[3]] == [3]
+    assert [client for client, group in even.items() if group == even[3]] != [3]
+
+
+def test_a_client_that_fails_is_nobodys() -> None:
+    plan = make_schedule(clients_per_round=5, failure_probability=0.5, share=Share(0, 2)).plan(0)
+    failed = {visit.client for visit in plan.visits if visit.failed}
+    assert failed
+    assert plan.owners.keys() == {visit.client for visit in plan.visits} - failed

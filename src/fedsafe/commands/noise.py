@@ -15,6 +15,8 @@ _WRONG_WARNINGS = (
     ".*ended before the epoch ended and your dataloader is not resumable.*",
     ".*found .* module.* in eval mode.*",
     ".*Checkpoint directory .* exists and is not empty.*",
+    # what is logged is the same on all ranks already
+    ".*recommended to use .self.log.*sync_dist=True.*",
     # `fedsafe export` parts weights that are shared; PEFT corrects the setting for each module
     ".*tie_word_embeddings=True. and a tied layer is part of the adapter.*",
     ".*fan_in_fan_out is set to .*",
