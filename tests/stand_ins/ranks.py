@@ -17,6 +17,12 @@ def torchrun(*arguments: object, num_ranks: int = 2) -> list[str]:
     return [*launcher, f"--nproc_per_node={num_ranks}", *map(str, arguments)]
 
 
+def rank_environment() -> dict[str, str]:
+    """The environment of each rank: one thread, the stand-ins at hand."""
+    paths = [str(STAND_INS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+
+
 def run_ranks(
     *arguments: object, num_ranks: int = 2, timeout_seconds: float = 240, check: bool = True
 ) -> subprocess.CompletedProcess[str]:
@@ -28,11 +34,9 @@ def run_ranks(
         timeout_seconds: After which it has failed.
         check: Whether it must end well; its output is shown if it does not.
     """
-    paths = [str(STAND_INS), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(
         torchrun(*arguments, num_ranks=num_ranks),
-        env=environment,
+        env=rank_environment(),
         capture_output=True,
         text=True,
         timeout=timeout_seconds,
