@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from fedsafe.data.datamodule import GLOBAL_ADAPTER, FederatedDataModule
 from fedsafe.data.loaders import EvaluationBatch
@@ -264,7 +265,10 @@ def trainer_of(folder: Path, **hparams: object) -> SimpleNamespace:
     """As much of a Trainer as the data asks for."""
     module = SimpleNamespace(hparams=hparams)
     return SimpleNamespace(
-        is_global_zero=True, default_root_dir=str(folder), lightning_module=module
+        is_global_zero=True,
+        default_root_dir=str(folder),
+        lightning_module=module,
+        strategy=SingleDeviceStrategy(),
     )
 
 

@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from fedsafe.commands.noise import quiet_known_noise
 from fedsafe.commands.parsing import call
+from fedsafe.commands.ranks import check_agreed, joined
 from fedsafe.data.sources import Rejected
 from fedsafe.evaluation.guard_metrics import GuardMetrics
 from fedsafe.guard_report import filtered_table
+from fedsafe.peers import Peers
 from fedsafe.safety.filter import Policy, SafetyFilter
 from fedsafe.safety.filter_file import (
     FilteredRow,
@@ -53,10 +56,12 @@ def filter(  # noqa: PLR0913
     """Judge each conversation of a file with a guard; write those that are kept.
 
     Verdicts are kept in the cache: a command that was stopped goes on, and another threshold costs
-    nothing. The files appear together, when all is done.
+    nothing. The files appear together, when all is done. Started by torchrun, each rank has its own
+    copy of the guard and judges some of the rows; the files are the same.
 
     Args:
-        input: File of conversations, of type .jsonl, .jsonl.gz, .json, .csv or .parquet.
+        input: File of conversations, of type .jsonl, .jsonl.gz, .json, .csv or .parquet; every rank
+            reads it.
         output: File NAME.jsonl for the rows that are kept, with all their columns as they were.
             Beside it come NAME.rejected.jsonl (rows that were dropped, with their verdicts),
             NAME.filter.jsonl (a line a judged row: verdict and action, no text), NAME.bad.jsonl
@@ -80,12 +85,16 @@ def filter(  # noqa: PLR0913
     """
     safety = SafetyFilter(guard, policy, judge, threshold, refusals, max_unsafe_share)
     outputs = Outputs(Path(output), Path(rejected) if rejected is not None else None)
-    outputs.files.check(Path(input), overwrite=overwrite)
-    total = count_rows(input, on_bad_row=on_bad_row)
-    summary = _write_all(input, safety, outputs, total=total, on_bad_row=on_bad_row)
-    console = Console()
-    console.print(filtered_table(summary))
-    console.print(f"wrote {', '.join(map(str, outputs.files.written()))}", soft_wrap=True)
+    with joined() as peers:
+        peers.from_first(lambda: outputs.files.check(Path(input), overwrite=overwrite))
+        total = count_rows(input, on_bad_row=on_bad_row)
+        check_agreed(peers, f"numbers of rows in {input}", total)
+        summary = _write_all(
+            input, safety, outputs, total=total, on_bad_row=on_bad_row, peers=peers
+        )
+        console = Console()
+        console.print(filtered_table(summary))
+        console.print(f"wrote {', '.join(map(str, outputs.files.written()))}", soft_wrap=True)
 
 
 class Tally:
@@ -143,14 +152,16 @@ def _write_all(
     *,
     total: int,
     on_bad_row: OnBadRow,
+    peers: Peers,
 ) -> dict[str, Any]:
-    """Write every file; returns the summary."""
+    """Write every file, on the first rank; returns the summary."""
     started = time.perf_counter()
     tally = Tally(safety.threshold)
-    rows = filtered(usable_rows(source), safety, on_bad_row=on_bad_row)
-    with outputs.files.open():
-        for window in _progress(rows, safety, total):
-            for row in window:
+    rows = filtered(usable_rows(source), safety, on_bad_row=on_bad_row, peers=peers)
+    writes = peers.index == 0
+    with outputs.files.open() if writes else nullcontext():
+        for window in _progress(rows, safety, total, shown=writes):
+            for row in window if writes else ():
                 outputs.write(row)
             tally.add(window)
         safety.check_share(tally.counts["unsafe"], num_judged=tally.judged)
@@ -165,15 +176,20 @@ def _write_all(
             "seconds": round(seconds, 3),
             "rows_per_second": round(total / seconds, 1),
         }
-        outputs.write_summary(summary)
+        if writes:
+            outputs.write_summary(summary)
     return summary
 
 
 def _progress(
-    windows: Iterator[Sequence[FilteredRow | Rejected]], safety: SafetyFilter, total: int
+    windows: Iterator[Sequence[FilteredRow | Rejected]],
+    safety: SafetyFilter,
+    total: int,
+    *,
+    shown: bool,
 ) -> Iterator[Sequence[FilteredRow | Rejected]]:
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
         task = progress.add_task(f"Filtering with {safety.guard.name}", total=total)
         for window in windows:
             yield window

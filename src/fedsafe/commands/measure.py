@@ -11,6 +11,7 @@ from rich.console import Console
 
 from fedsafe.commands.noise import quiet_known_noise
 from fedsafe.commands.parsing import call
+from fedsafe.commands.ranks import check_agreed, joined
 from fedsafe.data.output_files import write_whole
 from fedsafe.data.sources import load_samples
 from fedsafe.evaluation.guard_evaluation import (
@@ -67,7 +68,8 @@ def measure(  # noqa: PLR0913
     """Judge labelled conversations with one or several guards and say how right each is.
 
     Verdicts are kept in the cache: a command that was stopped goes on, and another threshold costs
-    nothing.
+    nothing. Started by torchrun, each rank has its own copy of the guards and judges some of the
+    conversations; the figures are the same.
 
     Args:
         input: Files or hub names of conversations whose `label` is safe or unsafe; those without a
@@ -89,19 +91,26 @@ def measure(  # noqa: PLR0913
         on_bad_row: Stop at rows that cannot be used, or skip them.
     """
     rows = _rows(guard, guards, threshold)
-    samples = load_samples(input, on_bad_row=on_bad_row)
-    labelled = labelled_only(samples)
-    wanted = wanted_recall and WantedRecall(wanted_recall, validation_share, seed)
-    results = [
-        measure_guard(
-            row.guard, labelled, judge=judge, name=row.name, threshold=row.threshold, wanted=wanted
-        )
-        for row in rows
-    ]
-    unlabelled = len(samples) - len(labelled)
-    files = _write(
-        results, Path(output), {"input": input, "judge": judge, "unlabelled": unlabelled}
-    )
+    with joined() as peers:
+        samples = load_samples(input, on_bad_row=on_bad_row)
+        labelled = labelled_only(samples)
+        check_agreed(peers, "numbers of labelled conversations", len(labelled))
+        settings: dict[str, Any] = {
+            "judge": judge,
+            "wanted": wanted_recall and WantedRecall(wanted_recall, validation_share, seed),
+            "peers": peers,
+        }
+        results = [
+            measure_guard(row.guard, labelled, name=row.name, threshold=row.threshold, **settings)
+            for row in rows
+        ]
+        unlabelled = len(samples) - len(labelled)
+        if peers.index == 0:
+            about = {"input": input, "judge": judge, "unlabelled": unlabelled}
+            _show(results, unlabelled, _write(results, Path(output), about))
+
+
+def _show(results: Sequence[GuardResult], unlabelled: int, files: Sequence[Path]) -> None:
     console = Console()
     console.print(guards_table(results))
     for line in choice_lines(results):

@@ -1,9 +1,10 @@
 """`fedsafe revise`: red-team prompts to pairs of red and revised responses."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jsonargparse.typing import NonNegativeInt
@@ -13,18 +14,20 @@ from rich.table import Table
 
 from fedsafe.commands.noise import quiet_known_noise
 from fedsafe.commands.parsing import call
+from fedsafe.commands.ranks import check_agreed, joined
 from fedsafe.data.chat import ensure_chat_template
 from fedsafe.data.sources import Rejected
 from fedsafe.data.tokenizer import load_tokenizer
 from fedsafe.model.generation import Model
 from fedsafe.model.lora import load_base
 from fedsafe.model.pretrained import load_trained
+from fedsafe.peers import Peers
 from fedsafe.safety.checkpoint import checkpoint_digest
 from fedsafe.safety.guard_model import GuardModel  # noqa: F401  (configurations name it)
 from fedsafe.safety.model_speaker import ModelSpeaker
 from fedsafe.safety.revision import Reviser, RevisionCounts, Speaker
 from fedsafe.safety.revision_file import Journal, OnBadRow, RevisionOutputs, read_prompts
-from fedsafe.safety.transcripts import REASONS
+from fedsafe.safety.transcripts import REASONS, Transcript
 from fedsafe.safety.vllm_speaker import VllmSpeaker
 from fedsafe.types import RedTeamPrompt
 
@@ -56,10 +59,12 @@ def revise(  # noqa: PLR0913
     """Let a model answer red-team prompts, criticise and revise its answers; write the pairs.
 
     Each batch of prompts is safe on disk as soon as it is through: a command that was stopped goes
-    on behind it. The files appear together, when all is done.
+    on behind it. The files appear together, when all is done. Started by torchrun, each rank has
+    its own copy of the model and takes some of the batches; the files are the same.
 
     Args:
-        input: File of prompts, of type .jsonl, .jsonl.gz, .json, .csv or .parquet, or a hub name.
+        input: File of prompts, of type .jsonl, .jsonl.gz, .json, .csv or .parquet, or a hub name;
+            every rank reads it.
         output: File NAME.jsonl for the pairs, a transcript a line. Beside it come
             NAME.rejected.jsonl (transcripts that make no pair, and the reason), NAME.bad.jsonl
             (rows that could not be used, and why) and NAME.summary.json.
@@ -80,23 +85,35 @@ def revise(  # noqa: PLR0913
         overwrite: Whether earlier files, and unfinished work of other settings, may be replaced.
     """
     outputs = RevisionOutputs(Path(output))
-    # A command killed at its very end left some files in their places; see below.
-    outputs.files.check(Path(input), overwrite=overwrite or outputs.journal.exists())
     model = _Model(
         base, adapter, backend=backend, dtype=dtype, device=device, memory_share=memory_share
     )
-    rows = read_prompts(input, split=split, on_bad_row=on_bad_row)
-    prompts = [row for row in rows if not isinstance(row, Rejected)]
-    settings = _settings(reviser, model, seed=seed)
-    journal = Journal(outputs.journal, settings | _VERSION, prompts, overwrite=overwrite)
-    with journal.open():
-        outputs.files.check(Path(input), overwrite=overwrite or journal.is_complete)
-        speed = _revise_rest(reviser, model, prompts, journal, seed=seed)
-        with outputs.files.open():
-            summary = {"input": input, "output": output, **settings}
-            summary |= {**_write_all(rows, journal, outputs), **speed}
-            outputs.files.write_summary(outputs.summary, summary)
-    _show(summary, outputs.files.written())
+    with joined() as peers:
+        # A command killed at its very end left some files in their places; see below.
+        again = overwrite or outputs.journal.exists()
+        peers.from_first(lambda: outputs.files.check(Path(input), overwrite=again))
+        rows = read_prompts(input, split=split, on_bad_row=on_bad_row)
+        prompts = [row for row in rows if not isinstance(row, Rejected)]
+        check_agreed(peers, f"numbers of prompts in {input}", len(prompts))
+        settings = peers.from_first(lambda: _settings(reviser, model, seed=seed))
+        journal = Journal(outputs.journal, settings | _VERSION, prompts, overwrite=overwrite)
+        with ExitStack() as stack:
+
+            def take_up() -> set[int]:
+                stack.enter_context(journal.open())
+                outputs.files.check(Path(input), overwrite=overwrite or journal.is_complete)
+                return set(journal.transcripts)
+
+            work = _Work(reviser, model, prompts, peers.from_first(take_up), seed, peers)
+            if peers.index > 0:
+                work.help()
+                return
+            speed = work.lead(journal)
+            with outputs.files.open():
+                summary = {"input": input, "output": output, **settings}
+                summary |= {**_write_all(rows, journal, outputs), **speed}
+                outputs.files.write_summary(outputs.summary, summary)
+        _show(summary, outputs.files.written())
 
 
 class _Model:
@@ -160,33 +177,44 @@ def _settings(reviser: Reviser, model: _Model, *, seed: int) -> dict[str, Any]:
     return {**settings, "batch_size": reviser.batch_size}  # it decides how numbers are rounded
 
 
-def _revise_rest(
-    reviser: Reviser,
-    model: _Model,
-    prompts: Sequence[RedTeamPrompt],
-    journal: Journal,
-    *,
-    seed: int,
-) -> dict[str, Any]:
-    """Revise what the journal does not hold yet; returns how fast."""
-    done = len(journal.transcripts)
-    generated = 0
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("Revising", total=len(prompts), completed=done)
-        speaker = model.load() if done < len(prompts) else None
-        started = time.perf_counter()
-        if speaker is not None:
-            for batch in reviser.revise_in_batches(
-                speaker, prompts, seed=seed, done=journal.transcripts.keys()
-            ):
+class _Work(NamedTuple):
+    """What is to be revised, and by whom."""
+
+    reviser: Reviser
+    model: _Model
+    prompts: Sequence[RedTeamPrompt]
+    done: Collection[int]
+    """Places of the prompts that are through."""
+    seed: int
+    peers: Peers
+
+    def lead(self, journal: Journal) -> dict[str, Any]:
+        """Revise, and write everything into the journal; returns how fast."""
+        generated, total, before = 0, len(self.prompts), len(self.done)
+        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            task = progress.add_task("Revising", total=total, completed=before)
+            speaker = self.model.load() if before < total else None
+            started = time.perf_counter()
+            for batch in self._batches(speaker):
                 journal.add(batch)
                 generated += sum(transcript.num_generated for _, transcript in batch)
                 progress.advance(task, len(batch))
-        seconds = time.perf_counter() - started
-    revised = len(journal.transcripts) - done
-    rate = round(revised / seconds, 2) if generated else None
-    return {"seconds": round(seconds, 3), "prompts_per_second": rate, "taken_over": done}
+            seconds = time.perf_counter() - started
+        rate = round((total - before) / seconds, 2) if generated else None
+        return {"seconds": round(seconds, 3), "prompts_per_second": rate, "taken_over": before}
+
+    def help(self) -> None:
+        """Take the share of another rank than the first, which writes everything down."""
+        for _ in self._batches(self.model.load() if len(self.done) < len(self.prompts) else None):
+            pass
+
+    def _batches(self, speaker: Speaker | None) -> Iterable[list[tuple[int, Transcript]]]:
+        if speaker is None:
+            return ()
+        return self.reviser.revise_in_batches(
+            speaker, self.prompts, seed=self.seed, done=self.done, replicas=self.peers
+        )
 
 
 def _write_all(

@@ -1,7 +1,6 @@
 """`FederatedDataModule`: from files of conversations to the packed batches of each visit."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -20,28 +19,27 @@ from fedsafe.data.filtered import FilteredSamples, FilterReport, filter_samples
 from fedsafe.data.loaders import EvaluationBatch, evaluation_loader, visits_loader
 from fedsafe.data.packing import TrainingBatch
 from fedsafe.data.sources import load_samples
+from fedsafe.data.splitting import split_over_clients
 from fedsafe.data.tokenizer import load_tokenizer, train_tokenizer
 from fedsafe.data.tokens import TokenStore, tokenize_samples
 from fedsafe.evaluation.benchmark import Benchmark
 from fedsafe.evaluation.loading import benchmark_loaders
 from fedsafe.federated.partition import (
     IID,
-    Natural,
     Partition,
     Partitioner,
     PartitionRow,
-    SampleColumns,
     partition_rows,
     validation_split,
 )
 from fedsafe.federated.schedule import RoundPlan, Schedule, Visit
 from fedsafe.safety.filter import SafetyFilter
 from fedsafe.safety.verdict_targets import VerdictTargets, tokenize_verdicts
+from fedsafe.strategies.layout import Layout, layout_of
 from fedsafe.types import Sample
 
 GLOBAL_ADAPTER = -1
 _DIGEST_DIGITS = 12
-_CLIENTS_NAMED = 10
 
 
 class FederatedDataModule(LightningDataModule):
@@ -125,6 +123,8 @@ class FederatedDataModule(LightningDataModule):
         self.validated_clients = [GLOBAL_ADAPTER]
         """Whose adapters to validate; may change between validations, its length may not."""
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._read_samples: tuple[datasets.Dataset, datasets.Dataset] | None = None
+        """All samples and their tokens, before the filter."""
         self._store: TokenStore | None = None
         self._partition: Partition | None = None
         self._validation: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
@@ -209,19 +209,23 @@ class FederatedDataModule(LightningDataModule):
     # ---- Lightning's hooks -----------------------------------------------------------------------
 
     def prepare_data(self) -> None:
-        """Read, check and tokenise on one process; the others find the result in the cache."""
+        """Read, check and tokenise on one rank of a machine; the others find it in the cache."""
         trainer: Any = self.trainer
-        self.setup(trainer.state.fn.value)
+        self._read_for(trainer.state.fn.value)
 
     def setup(self, stage: str) -> None:
-        """Load the tokens and split them over the clients; for a test the tokenizer alone."""
-        if stage != "test":
-            self._load()
-        elif self._tokenizer is None:
-            self._rejected_name = "rejected-test.jsonl"
-            self._forget_rejected()
-            texts = self._read(self._path()) if self.train_tokenizer is not None else []
-            self._tokenizer = self._make_tokenizer(_texts(texts))
+        """Load the tokens and split them over the clients; for a test the tokenizer alone.
+
+        The filter's guard judges here, on all ranks.
+        """
+        self._read_for(stage)
+        if stage != "test" and self._store is None:
+            assert self._read_samples is not None
+            samples, tokens = self._read_samples
+            if self.filter is not None:
+                tokens = self._apply(self.filter, samples, tokens)
+            self._labels = tokens["label"]
+            self._store = TokenStore(tokens)
 
     def train_dataloader(self) -> DataLoader[TrainingBatch]:
         """The rest of the current round's batches.
@@ -253,7 +257,8 @@ class FederatedDataModule(LightningDataModule):
         """The held-out samples, in packs; once for each adapter to validate."""
         if not len(self._validation):
             return []
-        return evaluation_loader(self.store, self._validation, self.validated_clients)
+        everyone = self._layout.world
+        return evaluation_loader(self.store, self._validation, self.validated_clients, everyone)
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
         """The test samples in packs, and the items of each benchmark.
@@ -269,14 +274,29 @@ class FederatedDataModule(LightningDataModule):
         loaders: list[DataLoader[Any]] = []
         if self.test_path is not None:
             tokens = self._tokenize(self._read(self.test_path))
-            every = np.arange(len(tokens))
-            loaders.append(evaluation_loader(TokenStore(tokens), every, [GLOBAL_ADAPTER]))
-        return loaders + benchmark_loaders(self.benchmarks)
+            store, every = TokenStore(tokens), np.arange(len(tokens))
+            everyone = self._layout.world
+            loaders.append(evaluation_loader(store, every, [GLOBAL_ADAPTER], everyone))
+        return loaders + benchmark_loaders(self.benchmarks, self._layout.replicas)
 
     # ---- steps -----------------------------------------------------------------------------------
 
+    @property
+    def _layout(self) -> Layout:
+        return layout_of(self.trainer.strategy) if self.trainer is not None else Layout()
+
+    def _read_for(self, stage: str) -> None:
+        """Read what a stage needs, once."""
+        if stage != "test":
+            self._load()
+        elif self._tokenizer is None:
+            self._rejected_name = "rejected-test.jsonl"
+            self._forget_rejected()
+            texts = self._read(self._path()) if self.train_tokenizer is not None else []
+            self._tokenizer = self._make_tokenizer(_texts(texts))
+
     def _load(self) -> None:
-        if self._store is not None:
+        if self._read_samples is not None:
             return
         self._check_tokenizer()
         rejected = self._forget_rejected()
@@ -288,11 +308,8 @@ class FederatedDataModule(LightningDataModule):
         train, self._validation = validation_split(
             len(tokens), share=self.validation_share, seed=self.seed
         )
-        self._partition = self._split(tokens, train)
-        if self.filter is not None:
-            tokens = self._apply(self.filter, samples, tokens)
-        self._labels = tokens["label"]
-        self._store = TokenStore(tokens)
+        self._partition = split_over_clients(tokens, train, self.partitioner, seed=self.seed)
+        self._read_samples = samples, tokens
 
     def _path(self) -> str | list[str]:
         if self.path is None:
@@ -314,15 +331,6 @@ class FederatedDataModule(LightningDataModule):
             return tokenize_verdicts(samples, self.verdict_targets, self.tokenizer, **settings)
         return tokenize_samples(samples, self.tokenizer, **settings)
 
-    def _split(self, tokens: datasets.Dataset, train: NDArray[np.int64]) -> Partition:
-        """Give each row of `train` a client."""
-        part = tokens.select(train)
-        if isinstance(self.partitioner, Natural):
-            _warn_of_lost_clients(tokens["client"], part["client"])
-        columns = SampleColumns(len(train), part["client"], part["label"], part["category"])
-        partition = self.partitioner(columns, seed=self.seed)
-        return replace(partition, order=train[partition.order])
-
     def _apply(
         self, rule: SafetyFilter, samples: datasets.Dataset, tokens: datasets.Dataset
     ) -> datasets.Dataset:
@@ -337,6 +345,7 @@ class FederatedDataModule(LightningDataModule):
             seed=self.seed,
             on_bad_row=self.on_bad_row,
             rejected=self._rejected_file(),
+            peers=self._layout.world,  # before the base is loaded each rank has room for a guard
         )
         if len(self._validation) and not len(filtered.validation):
             warn("the safety filter leaves no sample for validation", stacklevel=2)
@@ -387,14 +396,3 @@ class FederatedDataModule(LightningDataModule):
 
 def _texts(samples: Iterable[Sample]) -> Iterator[str]:
     return (turn["content"] for row in samples for turn in row["messages"])
-
-
-def _warn_of_lost_clients(before: Sequence[str | None], after: Sequence[str | None]) -> None:
-    lost = sorted({str(name) for name in before} - {str(name) for name in after})
-    if lost:
-        named = ", ".join(lost[:_CLIENTS_NAMED]) + (", ..." if len(lost) > _CLIENTS_NAMED else "")
-        warn(
-            f"{len(lost)} clients take no part, all of their samples are held out for validation: "
-            f"{named}; lower validation_share to keep them",
-            stacklevel=2,
-        )

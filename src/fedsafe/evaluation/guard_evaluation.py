@@ -14,6 +14,7 @@ from fedsafe.evaluation.guard_metrics import (
     threshold_for_recall,
     validation_part,
 )
+from fedsafe.peers import ALONE, Peers
 from fedsafe.safety.guard import Guard, shown
 from fedsafe.safety.score_cache import ScoreCache, conversation_key
 from fedsafe.types import JudgedPart
@@ -108,6 +109,7 @@ def measure_guard(
     name: str | None = None,
     threshold: float = 0.5,
     wanted: WantedRecall | None = None,
+    peers: Peers = ALONE,
 ) -> GuardResult:
     """Judge labelled samples, through the cache of verdicts, and score the guard.
 
@@ -119,13 +121,15 @@ def measure_guard(
         threshold: Probability from which it calls a sample unsafe.
         wanted: Recall for which another threshold is chosen on a part of the samples; only the
             others are scored then.
+        peers: Ranks that share the judging; all are given the same samples.
 
     Raises:
         ValueError: If there is no unsafe sample to choose the threshold on, or none is left to
             measure it.
     """
     messages = samples["messages"]
-    verdicts = ScoreCache(guard).verdicts([shown(each, judge) for each in messages])
+    asked = [shown(each, judge) for each in messages]
+    verdicts = ScoreCache(guard).verdicts(asked, peers=peers)
     unsafe = np.array([verdict.unsafe for verdict in verdicts])
     labels: NDArray[np.bool_] = np.array(samples["label"]) == "unsafe"
     measured = np.ones(len(labels), dtype=np.bool_)

@@ -8,9 +8,11 @@ References:
 
 from collections.abc import Collection, Iterator, Sequence
 from hashlib import blake2b
+from itertools import chain
 from typing import Any, Literal, NamedTuple, final
 
 from fedsafe.federated.schedule import Stream, derive_seed, random_stream
+from fedsafe.peers import ALONE, Peers
 from fedsafe.safety.constitution import Gate, Principle, load_constitution
 from fedsafe.safety.drafts import Draft, Speaker, Speech, Talk, by_length, going_on
 from fedsafe.safety.guard import Guard, judge_each
@@ -130,15 +132,23 @@ class Reviser:
         }
 
     def revise(
-        self, speaker: Speaker, prompts: Sequence[RedTeamPrompt], *, seed: int
+        self,
+        speaker: Speaker,
+        prompts: Sequence[RedTeamPrompt],
+        *,
+        seed: int,
+        replicas: Peers = ALONE,
+        replica: Peers = ALONE,
     ) -> Iterator[tuple[int, Transcript]]:
         """The transcript of each prompt with its place among them, batch by batch.
 
         What is said in place i depends on the prompt, `seed` and i alone, not on the batch: of a
         model in float32. In bfloat16 numbers are rounded otherwise in batches of another size, and
-        what is said may differ with `batch_size`.
+        what is said may differ with `batch_size`. The arguments are those of `revise_in_batches`.
         """
-        for batch in self.revise_in_batches(speaker, prompts, seed=seed):
+        for batch in self.revise_in_batches(
+            speaker, prompts, seed=seed, replicas=replicas, replica=replica
+        ):
             yield from batch
 
     def revise_in_batches(
@@ -148,6 +158,8 @@ class Reviser:
         *,
         seed: int,
         done: Collection[int] = (),
+        replicas: Peers = ALONE,
+        replica: Peers = ALONE,
     ) -> Iterator[list[tuple[int, Transcript]]]:
         """The same, a batch at a time, which is through with all its turns.
 
@@ -156,14 +168,21 @@ class Reviser:
             prompts: All of them, also those that are done.
             seed: Seed of sampling and of the principles.
             done: Places that are left out.
+            replicas: Those who share the batches; all are given the same prompts, and get all
+                transcripts.
+            replica: Ranks that hold the model together; the first of them asks the guard.
         """
+        batches = by_length(prompts, batch_size=self.batch_size)
+        left = [[i for i in places if i not in done] for places in batches]
+
+        def revise(places: Sequence[int]) -> list[tuple[int, Transcript]]:
+            drafts = [Draft.of(i, prompts[i]) for i in places]
+            self._converse(speaker, drafts, seed=seed)
+            self._judge(speaker, drafts, replica)
+            return [(draft.place, draft.transcript(self._critic)) for draft in drafts]
+
         try:
-            for places in by_length(prompts, batch_size=self.batch_size):
-                drafts = [Draft.of(i, prompts[i]) for i in places if i not in done]
-                if drafts:
-                    self._converse(speaker, drafts, seed=seed)
-                    self._judge(speaker, drafts)
-                    yield [(draft.place, draft.transcript(self._critic)) for draft in drafts]
+            yield from replicas.in_turns(filter(None, left), revise)
         finally:
             if self._guard is not None:
                 self._guard.release()
@@ -175,6 +194,7 @@ class Reviser:
         *,
         seed: int,
         max_new_tokens: int = 16,
+        replicas: Peers = ALONE,
     ) -> RefusalRate:
         """How often the global model refuses prompts, of those that it can read.
 
@@ -183,15 +203,20 @@ class Reviser:
             prompts: What to ask; responses of their own are not looked at.
             seed: Seed of sampling.
             max_new_tokens: Tokens generated for each answer; a refusal shows early.
+            replicas: Those who share the batches; all are given the same prompts.
 
         Raises:
             ValueError: If it can read none of them.
         """
-        drafts = [Draft.of(i, prompt._replace(response=None)) for i, prompt in enumerate(prompts)]
         size = min(max_new_tokens, self._max_new_tokens)
-        for places in by_length(prompts, batch_size=self.batch_size):
-            asked = [drafts[place] for place in places]
+
+        def respond(places: Sequence[int]) -> list[Draft]:
+            asked = [Draft.of(i, prompts[i]._replace(response=None)) for i in places]
             self._respond(Talk(speaker.begin(1.0)), asked, seed=seed, max_new_tokens=size)
+            return asked
+
+        batches = by_length(prompts, batch_size=self.batch_size)
+        drafts = list(chain.from_iterable(replicas.in_turns(batches, respond)))
         answered = [draft for draft in drafts if draft.dropped not in ("too_long", "unreadable")]
         if not answered:
             raise ValueError(
@@ -265,7 +290,7 @@ class Reviser:
 
     # ---- the gate --------------------------------------------------------------------------------
 
-    def _judge(self, speaker: Speaker, drafts: Sequence[Draft]) -> None:
+    def _judge(self, speaker: Speaker, drafts: Sequence[Draft], replica: Peers) -> None:
         """Drop what makes no pair to learn from."""
         for draft in going_on(drafts):
             if not draft.finished:
@@ -275,12 +300,13 @@ class Reviser:
             elif _plain(draft.last) == _plain(draft.response):
                 draft.dropped = "unchanged"
         if self._guard is not None:
-            self._ask_guard(self._guard, going_on(drafts))
+            self._ask_guard(self._guard, going_on(drafts), replica)
         if self._gate is not None:
             self._ask_critic(self._gate, speaker, going_on(drafts))
 
-    def _ask_guard(self, guard: Guard, drafts: Sequence[Draft]) -> None:
-        verdicts, reasons = judge_each(guard.judge, [draft.revised() for draft in drafts])
+    def _ask_guard(self, guard: Guard, drafts: Sequence[Draft], replica: Peers) -> None:
+        asked = [draft.revised() for draft in drafts]
+        verdicts, reasons = replica.from_first(lambda: judge_each(guard.judge, asked))
         for index in reasons:
             drafts[index].dropped = "unjudgeable"
         for index, verdict in verdicts.items():

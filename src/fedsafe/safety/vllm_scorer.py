@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fedsafe.model.adapter import read_adapter_config
@@ -118,8 +119,13 @@ def import_vllm() -> Any:
     """The library.
 
     Raises:
-        ValueError: If it is not installed.
+        ValueError: If it is not installed, or this process is one of several ranks.
     """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        raise ValueError(
+            f"the backend vllm runs in one process, and this is one of {dist.get_world_size()} "
+            "ranks; start the command without torchrun, or set backend: transformers"
+        )
     try:
         import vllm
     except ModuleNotFoundError as error:
