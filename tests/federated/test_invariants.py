@@ -78,7 +78,7 @@ class PlainFederation:
         """AdamW at the clients, their samples as weights (McMahan et al. 2017, Algorithm 1)."""
         x = self.vector()
         for round_ in range(num_rounds):
-            total, weight = torch.zeros_like(x), 0
+            total, weight = torch.zeros_like(x, dtype=torch.float64), 0
             for client, steps in self.visits(round_):
                 self.load(x)
                 optimizer = torch.optim.AdamW(self.parameters, lr=1e-2, weight_decay=0.0)
@@ -88,7 +88,7 @@ class PlainFederation:
                     optimizer.step()
                 total.add_(self.vector(), alpha=self.sizes[client])
                 weight += self.sizes[client]
-            x = total / weight
+            x = (total / weight).float()
         return x
 
     def scaffold(self, num_rounds: int, lr: float) -> Tensor:

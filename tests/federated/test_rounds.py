@@ -44,10 +44,11 @@ def test_clients_trained_one_by_one_average_to_the_same_bit_for_bit(
     run = federation(model=model, rounds=rounds, trainer={"max_epochs": 1}).fit()
     start, sizes = run.start, run.data.partition.sizes
     updates = run.train_alone(round_=0)
-    total = torch.zeros_like(start)
+    total = torch.zeros_like(start, dtype=torch.float64)
     for client, update in updates.items():
         total.add_(update.adapter, alpha=float(sizes[client]))
-    assert torch.equal(run.adapter, total / sum(float(sizes[k]) for k in updates))
+    mean = total / sum(float(sizes[k]) for k in updates)
+    assert torch.equal(run.adapter, mean.float())
     for record, update in zip(run.rows[0]["clients"], updates.values(), strict=True):
         assert record["loss"] == update.loss
         assert (record["steps"], record["tokens"]) == (update.num_steps, update.num_tokens)

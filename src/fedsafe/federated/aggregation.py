@@ -23,14 +23,16 @@ class RefusedUpdateError(ValueError):
 class WeightedMean:
     """Streaming ``sum_k n_k w_k / sum_k n_k``: one running sum, never all clients' copies.
 
-    LoRA's A and B are averaged apart; ``mean(B) @ mean(A)`` is not ``mean(B @ A)``.
+    LoRA's A and B are averaged apart; ``mean(B) @ mean(A)`` is not ``mean(B @ A)``. The sum is in
+    float64, so that the order of the clients, or who adds up whom, all but never shows in the
+    float32 mean.
 
     Args:
         like: A flat float32 adapter; gives the shape and the device.
     """
 
     def __init__(self, like: Tensor) -> None:
-        self.total = torch.zeros_like(like)
+        self.total = torch.zeros_like(like, dtype=dtype_of_sums(like.device))
         self.weight = 0.0
         self.count = 0
 
@@ -81,7 +83,7 @@ class WeightedMean:
             raise ValueError(
                 "there is no update to average; every client of the round failed or was refused"
             )
-        return self.total / self.weight
+        return (self.total / self.weight).float()
 
     def state_dict(self) -> dict[str, Tensor | float | int]:
         """Running sum and weights, for a checkpoint inside a round."""
@@ -93,6 +95,11 @@ class WeightedMean:
         assert isinstance(total, Tensor)
         self.total.copy_(total)
         self.weight, self.count = float(state["weight"]), int(state["count"])
+
+
+def dtype_of_sums(device: torch.device) -> torch.dtype:
+    """Type in which clients are added up: float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def sketch(update: Tensor, signs: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedsafe.federated.aggregation import RefusedUpdateError
+from fedsafe.federated.aggregation import RefusedUpdateError, dtype_of_sums
 from fedsafe.model.flat_adapter import FlatAdapter
 from fedsafe.peers import Peers
 
@@ -173,8 +173,8 @@ class Scaffold(ClientDrift):
         new = correction.mean_gradient()
         old = self.client_controls.get(client)
         change = new if old is None else new - old.to(new.device)
-        so_far = self._change
-        self._change = change.clone() if so_far is None else so_far.to(new.device) + change
+        so_far = _zero_sum(new) if self._change is None else self._change.to(new.device)
+        self._change = so_far + change
         self.client_controls[client] = new
 
     def pool(self, peers: Peers, owners: Mapping[int, int], *, like: Tensor) -> None:
@@ -187,14 +187,14 @@ class Scaffold(ClientDrift):
             control = self.client_controls[client] if own else torch.empty_like(like)
             self.client_controls[client] = peers.broadcast_(control, source=owner)
         if owners:
-            change = torch.zeros_like(like) if self._change is None else self._change
+            change = _zero_sum(like) if self._change is None else self._change
             self._change = peers.sum_(change)
 
     def end_round(self, num_clients: int) -> None:
         """Move the server's control variate by the mean change over all clients."""
         if self._change is None:
             return
-        step = self._change / num_clients
+        step = (self._change / num_clients).float()
         self.server_control = (
             step if self.server_control is None else self.server_control.to(step.device) + step
         )
@@ -215,3 +215,7 @@ class Scaffold(ClientDrift):
         self._change = state.get("change")
         names: Sequence[str] = [name for name in state if name.startswith("client.")]
         self.client_controls = {int(name.removeprefix("client.")): state[name] for name in names}
+
+
+def _zero_sum(like: Tensor) -> Tensor:
+    return torch.zeros_like(like, dtype=dtype_of_sums(like.device))

@@ -22,6 +22,15 @@ class RoundEvaluation(Callback, ABC):
     """Record of the round that has ended and is not written down yet."""
     _to_evaluate: Tensor | None
     """The global adapter of a checkpoint, where no fit is under way."""
+    _resumed: dict[str, Any] | None
+    """State of a checkpoint that no batch has gone on from yet."""
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Load the global adapter where a run that had ended was resumed: nothing was trained."""
+        if self._resumed is not None:
+            self._to_evaluate = self._resumed["server"]["adapter"]
+            self._load_global(pl_module)
+            self._to_evaluate = None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Load the global adapter where no fit is under way."""
