@@ -121,17 +121,18 @@ class LoraLM(LightningModule):
 
     def _make_model(self) -> PeftModel:
         hp: Any = self.hparams
-        base = self.make_base()
-        if hp.gradient_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
         model = add_lora(
-            base,
+            self.make_base(),
             rank=hp.rank,
             alpha=hp.alpha,
             dropout=hp.lora_dropout,
             target_modules=hp.target_modules,
             seed=hp.seed,
         )
+        if hp.gradient_checkpointing:
+            base: Any = model.get_base_model()
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+            base.disable_input_require_grads()  # the way of checkpointing that needs none
         model.train()
         return model
 

@@ -8,6 +8,7 @@
 The others need no files of the base.
 """
 
+import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -34,7 +35,7 @@ def build_sharded(
         device: Where this rank keeps its part.
 
     Raises:
-        ValueError: On every rank, if the model could not be made on the first.
+        ValueError: On every rank, if `make` raised one.
     """
     model, values = receive_skeleton(
         make, Peers(mesh.get_local_rank(), mesh.size(), mesh.get_group())
@@ -60,19 +61,15 @@ def receive_skeleton(
     Raises:
         ValueError: On every rank, if `make` raised one.
     """
-    model: PeftModel | None = None
     values: dict[str, Tensor] = {}
-    error = ""
-    if peers.index == 0:
-        try:
-            model = make()
-            values = _taken_out(model)
-        except ValueError as refused:
-            error = str(refused)
-    model, error = peers.gather((model, error))[0]
-    if model is None:
-        raise ValueError(error)
-    return model, values
+
+    def skeleton() -> bytes:
+        model = make()
+        values.update(_taken_out(model))
+        return pickle.dumps(model)
+
+    received: PeftModel = pickle.loads(peers.from_first(skeleton))
+    return received, values
 
 
 def split(model: PeftModel, mesh: DeviceMesh) -> None:
