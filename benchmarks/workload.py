@@ -23,6 +23,7 @@ import pyarrow as pa  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from lightning import Callback, LightningModule, Trainer  # noqa: E402
+from lightning.pytorch.strategies import Strategy  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
@@ -158,6 +159,7 @@ class TokenRows(FederatedDataModule):
 
     def __init__(self, rows: datasets.Dataset, *, num_clients: int, batch_size: int) -> None:
         super().__init__(path="(random tokens)", batch_size=batch_size, validation_share=0.0)
+        self._read_samples = rows, rows  # there is nothing to read
         self._store = TokenStore(rows)
         self._tokenizer = word_tokenizer()
         self._partition = deal(len(rows), num_clients=num_clients)
@@ -246,11 +248,13 @@ def fit(
     run_dir: Path,
     callbacks: Sequence[Callback] = (),
     device: str = "cpu",
+    strategy: Strategy | str = "auto",
 ) -> None:
     """A federated run as a user starts it, without loggers, checkpoints and progress bar."""
     trainer = Trainer(
         accelerator="gpu" if device == "cuda" else "cpu",
-        devices=1,
+        devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        strategy=strategy,
         default_root_dir=run_dir,
         max_epochs=num_rounds,
         callbacks=[rounds, *callbacks],
