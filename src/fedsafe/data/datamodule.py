@@ -24,6 +24,7 @@ from fedsafe.data.tokenizer import load_tokenizer, train_tokenizer
 from fedsafe.data.tokens import TokenStore, tokenize_samples
 from fedsafe.evaluation.benchmark import Benchmark
 from fedsafe.evaluation.loading import benchmark_loaders
+from fedsafe.federated.agreement import check_agreement
 from fedsafe.federated.partition import (
     IID,
     Partition,
@@ -210,8 +211,7 @@ class FederatedDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Read, check and tokenise on one rank of a machine; the others find it in the cache."""
-        trainer: Any = self.trainer
-        self._read_for(trainer.state.fn.value)
+        self._read_for(self.trainer.state.fn.value)  # type: ignore[union-attr]
 
     def setup(self, stage: str) -> None:
         """Load the tokens and split them over the clients; for a test the tokenizer alone.
@@ -219,9 +219,11 @@ class FederatedDataModule(LightningDataModule):
         The filter's guard judges here, on all ranks.
         """
         self._read_for(stage)
-        if stage != "test" and self._store is None:
-            assert self._read_samples is not None
+        if self._read_samples is not None and self._store is None:
             samples, tokens = self._read_samples
+            rule = self.filter.identity if self.filter is not None else None
+            seen = {"data.filter": rule, "data.partition": self.partition.digest()}
+            check_agreement(self._layout.world, seen)
             if self.filter is not None:
                 tokens = self._apply(self.filter, samples, tokens)
             self._labels = tokens["label"]
