@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedsafe.data.packing import Pack, pack
 
@@ -26,9 +26,9 @@ def head_is_plain(base: Any, inputs: Inputs) -> bool:
         inputs: How to call it.
     """
     head = base.get_output_embeddings()
-    if type(head) is not torch.nn.Linear or head.bias is not None or head.weight.requires_grad:
+    if type(head) is not nn.Linear or head.bias is not None or _is_trained(head):
         return False
-    probe = inputs(_probe(_FIRST, _SECOND, device=head.weight.device))
+    probe = inputs(_probe(_FIRST, _SECOND, device=_device_of(base)))
     return torch.equal(head(_hidden(base, probe)), base(**probe).logits)
 
 
@@ -44,7 +44,7 @@ def check_isolation(base: Any, inputs: Inputs) -> None:
         ValueError: If it does: the model mixes tokens other than through the attention that was
             asked for, by convolution or recurrence for instance, or ignores the boundaries.
     """
-    device = base.get_input_embeddings().weight.device
+    device = _device_of(base)
     hidden = _hidden(base, inputs(_probe(_FIRST, _SECOND, device=device)))
     changed = _hidden(base, inputs(_probe(_OTHER, _SECOND, device=device)))
     second = slice(len(_FIRST), None)
@@ -54,6 +54,14 @@ def check_isolation(base: Any, inputs: Inputs) -> None:
             f"{type(base).__name__} lets packed samples see each other with attention "
             f"{base.config._attn_implementation!r}; choose another attention or another base"
         )
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
 
 
 def _hidden(base: Any, inputs: dict[str, Any]) -> Tensor:

@@ -1,0 +1,91 @@
+"""A model that ZeRO-3 splits while it is loaded: no GPU ever holds more than a part and a tensor.
+
+Rank 0 makes the model on the CPU, as `sharded_load` has it; parameter after parameter goes to all
+ranks, each keeps its part, and rank 0 drops the whole.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedsafe.model.sharded_load import decoder_layers, receive_skeleton
+from fedsafe.peers import Peers
+
+
+def build_partitioned(
+    make: Callable[[], PeftModel],
+    peers: Peers,
+    *,
+    settings: dict[str, Any],
+    device: torch.device,
+) -> PeftModel:
+    """Make a model on one rank, and split it over all with ZeRO-3.
+
+    Args:
+        make: Makes the base with its adapter, whole and on the CPU.
+        peers: All ranks.
+        settings: DeepSpeed's.
+        device: Where a tensor is whole while it is split.
+
+    Raises:
+        ValueError: On every rank, if the model could not be made on the first.
+    """
+    from deepspeed import zero
+    from deepspeed.utils import set_z3_leaf_module
+
+    model, values = receive_skeleton(make, peers)
+    split: dict[nn.Parameter, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        value = values.pop(name, None)
+        if value is None:  # DeepSpeed sends rank 0's
+            value = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        split[parameter] = nn.Parameter(value.to(device), parameter.requires_grad)
+        del value
+        zero.Init(module=nn.ParameterList([split[parameter]]), config_dict_or_path=settings)
+    _replace(model, split)
+    layers = decoder_layers(model)
+    for layer in layers:  # each comes together, and its gradients leave, at once
+        set_z3_leaf_module(layer, True)
+    layers[0].register_forward_pre_hook(_require_gradient)
+    return model
+
+
+def _require_gradient(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """DeepSpeed takes a layer's gradients away when that of its input is there: have one."""
+    if torch.is_grad_enabled():
+        inputs[0].requires_grad_()
+
+
+@contextmanager
+def drops_frozen_weights() -> Iterator[None]:
+    """Let the graph of a forward pass hold frozen weights by reference, not by value.
+
+    torch's linear layer saves a view of its weight, which keeps it in memory after ZeRO-3 has put
+    it away. DeepSpeed's own replacement saves the parameter, and rounds the gradients of trained
+    weights otherwise than torch: here it stands in for frozen ones alone.
+    """
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    plain = functional.linear
+
+    def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        of_frozen = torch.is_grad_enabled() and not weight.requires_grad
+        output: Tensor = (zero3_linear_wrap if of_frozen else plain)(inputs, weight, bias)
+        return output
+
+    functional.linear = linear
+    try:
+        yield
+    finally:
+        functional.linear = plain
+
+
+def _replace(model: nn.Module, others: dict[nn.Parameter, nn.Parameter]) -> None:
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, others[parameter])
