@@ -44,6 +44,7 @@ FLOORS = {
     "compare_settings": 2,
     "federated.rounds": 3,
     "federated.local_training": 3,
+    "federated.server_steps": 3,
     "federated.server_visit": 3,
     "federated.constitutional_server": 3,
     "federated.round_evaluation": 3,

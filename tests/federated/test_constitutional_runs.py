@@ -224,7 +224,7 @@ def test_every_round_draws_anew(
         drawn["revision"].append(settings["seed"])
         return revise(cai, speaker, places, **settings)
 
-    def probing(*_: Any, seed: int) -> tuple[float, int, int]:
+    def probing(*_: Any, seed: int, **__: Any) -> tuple[float, int, int]:
         drawn["probe"].append(seed)
         return 0.0, 1, 1
 

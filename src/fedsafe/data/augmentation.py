@@ -23,6 +23,7 @@ from fedsafe.safety.revision import (
     Transcript,
     pair_record,
 )
+from fedsafe.strategies.layout import ONE_RANK, Layout
 from fedsafe.types import PreferencePair, RedTeamPrompt, Turn
 
 Paths = str | list[str]
@@ -153,6 +154,7 @@ class CaiAugmentation:
         seed: int,
         file: Path,
         on_progress: Callable[[int, int], None],
+        layout: Layout = ONE_RANK,
     ) -> tuple[RevisionCounts, PreferenceStore]:
         """Let the model revise its answers to some prompts, and write down the pairs that are kept.
 
@@ -160,15 +162,19 @@ class CaiAugmentation:
             speaker: The model.
             places: Which of `prompts`.
             seed: Decides principles and samples.
-            file: Where the pairs go, whole or not at all.
+            file: Where the pairs go, whole or not at all; the first rank writes it.
             on_progress: Told how many prompts are done, of how many.
+            layout: Who does what; every rank gets all pairs.
         """
         prompts = [self.prompts[place] for place in places]
         transcripts = {}
-        for place, transcript in self.reviser.revise(speaker, prompts, seed=seed):
+        for place, transcript in self.reviser.revise(
+            speaker, prompts, seed=seed, replicas=layout.replicas, replica=layout.replica
+        ):
             transcripts[place] = transcript
             on_progress(len(transcripts), len(prompts))
-        ordered = [transcripts[place] for place in sorted(transcripts)]
+        # what one rank has heard, so that all train on the same to the last word
+        ordered = layout.world.from_first(lambda: [transcripts[p] for p in sorted(transcripts)])
         counts = RevisionCounts.of(ordered)
         kept = [each for each in ordered if each.dropped is None]
         refusals = [each for each in ordered if _is_own_refusal(each)]
@@ -176,23 +182,16 @@ class CaiAugmentation:
             refusals = []
         own = [_refusal(each) for each in refusals]
         records = [*map(pair_record, kept), *map(_plain_record, own)]
-        write_whole(file, map(json_line, records))
+        layout.world.from_first(lambda: write_whole(file, map(json_line, records)))
         return counts, self.store_of([*(each.pair for each in kept), *own])
 
-    def read_back(self, file: Path) -> PreferenceStore:
-        """The pairs that `revise` wrote.
+    def read_back(self, file: Path, *, layout: Layout = ONE_RANK) -> PreferenceStore:
+        """The pairs that `revise` wrote; the first rank reads them for all.
 
         Raises:
             ValueError: If the file is gone.
         """
-        if not file.exists():
-            raise ValueError(
-                f"{file} is missing, and the checkpoint goes on with its pairs; resume from an "
-                "earlier checkpoint, or start anew"
-            )
-        if not file.stat().st_size:
-            return self.store_of([])
-        return self.store_of(load_pairs(str(file), need_rejected=False))
+        return self.store_of(layout.world.from_first(lambda: _pairs_of(file)))
 
     def store_of(self, pairs: Sequence[PreferencePair]) -> PreferenceStore:
         """Pairs as tokens."""
@@ -209,6 +208,15 @@ class CaiAugmentation:
             "data.cai.batch_size": self.batch_size,
             "data.cai.max_length": self._max_length,
         }
+
+
+def _pairs_of(file: Path) -> list[PreferencePair]:
+    if not file.exists():
+        raise ValueError(
+            f"{file} is missing, and the checkpoint goes on with its pairs; resume from an "
+            "earlier checkpoint, or start anew"
+        )
+    return load_pairs(str(file), need_rejected=False) if file.stat().st_size else []
 
 
 def _is_own_refusal(transcript: Transcript) -> bool:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from fedsafe.data.chat import RenderedConversation, render_answers, tokenize_rendered
 from fedsafe.data.packing import Pack, PreferenceBatch, SupervisedBatch, pack, split_by_budget
 from fedsafe.data.sources import Rejected, place_of
+from fedsafe.peers import ALONE, Peers
 from fedsafe.types import Conversation, PreferencePair, Turn
 
 _RENDERED_TOGETHER = 256
@@ -97,12 +98,20 @@ class PreferenceStore:
         """Where these pairs came from, for an error message."""
         return "; ".join(self._places[i] for i in indices)
 
-    def supervised(self, indices: Sequence[int], *, num_parts: int = 1) -> list[SupervisedBatch]:
-        """One optimizer step on chosen answers, in up to `num_parts` packs."""
+    def supervised(
+        self, indices: Sequence[int], *, num_parts: int = 1, peers: Peers = ALONE
+    ) -> list[SupervisedBatch]:
+        """One optimizer step on chosen answers, or a rank's share of it.
+
+        Args:
+            indices: The step's pairs.
+            num_parts: Packs of each rank at most, for memory.
+            peers: Ranks that share the step. All get as many packs; some may hold nothing.
+        """
         normalizer = self._num_chosen_tokens(indices)
         return [
             SupervisedBatch(**vars(pack([self._chosen[i] for i in part])), normalizer=normalizer)
-            for part in _parts(indices, num_parts)
+            for part in _parts(indices, num_parts, peers)
         ]
 
     def preference(
@@ -113,8 +122,9 @@ class PreferenceStore:
         beta: float,
         nll_weight: float,
         num_parts: int = 1,
-    ) -> list[PreferenceBatch]:
-        """One optimizer step on comparable pairs, in up to `num_parts` packs.
+        peers: Peers = ALONE,
+    ) -> list[PreferenceBatch | SupervisedBatch]:
+        """One optimizer step on comparable pairs, or a rank's share of it.
 
         Args:
             indices: The step's pairs, all comparable.
@@ -122,7 +132,9 @@ class PreferenceStore:
                 pair, shape ``(len(self), 2)``; rows that are not asked for may be anything.
             beta: See `PreferenceBatch`.
             nll_weight: See `PreferenceBatch`.
-            num_parts: Packs to split the step into, for memory.
+            num_parts: Packs of each rank at most, for memory.
+            peers: Ranks that share the step. All get as many packs; one that holds nothing is a
+                `SupervisedBatch`, whose loss is 0.
         """
         num_chosen_tokens = self._num_chosen_tokens(indices)
         return [
@@ -134,7 +146,9 @@ class PreferenceStore:
                 beta=beta,
                 nll_weight=nll_weight,
             )
-            for part in _parts(indices, num_parts)
+            if part
+            else SupervisedBatch(**vars(pack([])), normalizer=1)
+            for part in _parts(indices, num_parts, peers)
         ]
 
     def both_answers(self, indices: Sequence[int]) -> Iterator[tuple[list[int], Pack]]:
@@ -170,10 +184,11 @@ class PreferenceStore:
         return samples
 
 
-def _parts(indices: Sequence[int], num_parts: int) -> list[list[int]]:
-    """The indices dealt out evenly; parts that would be empty are left out."""
-    dealt = [list(indices[part::num_parts]) for part in range(num_parts)]
-    return [part for part in dealt if part]
+def _parts(indices: Sequence[int], num_parts: int, peers: Peers) -> list[list[int]]:
+    """A rank's parts of a step, dealt out evenly; those that all ranks had empty are left out."""
+    stride = num_parts * peers.size
+    firsts = range(0, min(stride, len(indices)), peers.size)
+    return [list(indices[first + peers.index :: stride]) for first in firsts]
 
 
 def _worse(rejected: Tokens | str | None, chosen: Tokens) -> Tokens | None:

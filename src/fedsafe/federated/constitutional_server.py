@@ -12,6 +12,7 @@ from fedsafe.federated.schedule import Stream, derive_seed
 from fedsafe.federated.server_visit import ServerVisit, pairs_file, warn_of_nothing
 from fedsafe.model.module import LoraLM
 from fedsafe.safety.model_speaker import ModelSpeaker
+from fedsafe.strategies.layout import layout_of
 
 
 class ConstitutionalServer:
@@ -39,6 +40,7 @@ class ConstitutionalServer:
         self._trainer = trainer
         self._module = module
         self._seed = seed
+        self._layout = layout_of(trainer.strategy)
         data.split_prompts(rules.num_held_out, seed=seed)  # refuses too few, before anything is run
 
     def begin(self, round_: int, resumed: dict[str, Any] | None) -> ServerVisit:
@@ -71,7 +73,7 @@ class ConstitutionalServer:
             return None
         if resumed is None:
             return self._make_pairs()
-        self._data.ready = self._data.read_back(self._file)
+        self._data.ready = self._data.read_back(self._file, layout=self._layout)
         cost: dict[str, Any] = resumed["pairs_before"]
         return cost
 
@@ -84,6 +86,7 @@ class ConstitutionalServer:
             seed=derive_seed(Stream.REVISION, self._seed),
             file=self._file,
             on_progress=lambda *_: None,
+            layout=self._layout,
         )
         warn_of_nothing(counts, self._data.ready, when="before training")
         seconds = round(time.perf_counter() - started, 3)

@@ -33,7 +33,8 @@ from fedsafe.federated.run_files import client_folder, save_adapters, save_base_
 from fedsafe.federated.schedule import RoundPlan
 from fedsafe.federated.server import Server
 from fedsafe.federated.server_optimizer import FedAvg, ServerOptimizer
-from fedsafe.federated.server_visit import NonFiniteLossError, ServerVisit
+from fedsafe.federated.server_steps import NonFiniteLossError
+from fedsafe.federated.server_visit import ServerVisit
 from fedsafe.federated.trainer_settings import check_trainer
 from fedsafe.model.identity import refuse_difference
 from fedsafe.model.module import LoraLM

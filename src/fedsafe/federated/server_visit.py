@@ -5,12 +5,12 @@
     SFT on the revised ones; DPO, revised against red; each mixed with helpful answers
 
 Everything that is random derives from (seed, round, step), and the visit can be put away and taken
-up again between any two steps.
+up again between any two steps. Several ranks do it together: each replica speaks in its share of
+the conversations, each rank trains on its part of every step.
 """
 
-import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,13 +23,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsafe.data.augmentation import CaiAugmentation
+from fedsafe.data.packing import Pack, PreferenceBatch, SupervisedBatch, pack
 from fedsafe.data.preferences import PreferenceStore
 from fedsafe.federated.constitutional_training import ConstitutionalTraining, Mixture, Objective
 from fedsafe.federated.schedule import Stream, derive_seed, random_stream
 from fedsafe.federated.server_listener import ServerVisitListener
+from fedsafe.federated.server_steps import ServerSteps
 from fedsafe.model.module import LoraLM
 from fedsafe.safety.model_speaker import ModelSpeaker
 from fedsafe.safety.transcripts import RevisionCounts
+from fedsafe.strategies.layout import layout_of
 
 _STATE = (
     "record",
@@ -43,10 +46,6 @@ _STATE = (
     "num_compared",
     "reference",
 )
-
-
-class NonFiniteLossError(ValueError):
-    """A step of the server visit whose loss is not a number; the adapter was not changed by it."""
 
 
 class _Phase(NamedTuple):
@@ -82,6 +81,8 @@ class ServerVisit:
         self._module = module
         self._round = round_
         self._seed = seed
+        self._layout = layout_of(trainer.strategy)
+        self._steps = ServerSteps(trainer, module)
         self._speaker = ModelSpeaker(module.peft_model, data.tokenizer)
         self._record: dict[str, Any] = {"regime": rules.regime}
         self._tokens = {"generated": 0, "read": 0, "trained": 0}
@@ -147,9 +148,10 @@ class ServerVisit:
         prompts = [self._data.prompts[place] for place in held_out.tolist()]
         seed = derive_seed(Stream.PROBE, self._seed, self._round, sum(self._num_steps.values()))
         with self._speaking():
-            rate, generated, read = self._data.reviser.refusal_rate(
-                self._speaker, prompts, seed=seed
+            found = self._data.reviser.refusal_rate(
+                self._speaker, prompts, seed=seed, replicas=self._layout.replicas
             )
+        rate, generated, read = self._layout.world.from_first(lambda: found)  # all go on, or none
         self._tokens["generated"] += generated
         self._tokens["read"] += read
         self._record[name] = rate
@@ -160,7 +162,7 @@ class ServerVisit:
         if self._data.ready is not None:
             return self._data.ready
         if self._goes_on:
-            return self._data.read_back(self._file)
+            return self._data.read_back(self._file, layout=self._layout)
         helpful_per_step = self._data.helpful_per_step(len(self._data.helpful))
         wanted = self._rules.num_prompts(self._data.batch_size - helpful_per_step)
         asked = random_stream(Stream.RED_TEAM, self._seed, self._round)
@@ -172,6 +174,7 @@ class ServerVisit:
                 seed=derive_seed(Stream.REVISION, self._seed, self._round),
                 file=self._file,
                 on_progress=lambda done, total: self._tell(f"revising {done}/{total}"),
+                layout=self._layout,
             )
         record = counts.as_dict()
         self._tokens["generated"] += record.pop("tokens_generated")
@@ -208,7 +211,7 @@ class ServerVisit:
 
     def _begin_phase(self, store: PreferenceStore, mixture: Mixture, num_steps: int) -> None:
         """A fresh optimizer; for preferences, the reference: the adapter as it is now."""
-        self._trainer.optimizers[0].state.clear()
+        self._steps.begin()
         if mixture.objective == "sft" or num_steps == 0:
             return
         self._tell("reference")
@@ -216,11 +219,18 @@ class ServerVisit:
             steps = (self._samples(mixture, step) for step in range(num_steps))
             used = np.unique(np.concatenate(list(steps))).tolist()
             self._reference = torch.zeros(len(store), 2)
-            for places, packed in store.both_answers(used):
-                with self._trainer.precision_plugin.forward_context():  # as the steps
-                    logprobs = self._module.answer_logprobs(packed.to(self._module.device))
-                self._reference[places] = logprobs.view(-1, 2).cpu()
+            world, packs = self._layout.world, list(store.both_answers(used))
+            packs += [([], pack([]))] * (-len(packs) % world.size)  # all ranks in lock-step
+            for places, logprobs in world.in_turns(packs, self._logprobs):
+                self._reference[places] = logprobs
             self._tokens["read"] += store.num_tokens(used, both=True)
+
+    def _logprobs(self, some: tuple[list[int], Pack]) -> tuple[list[int], Tensor]:
+        """Log-probabilities of both answers of some pairs, shape ``(len(places), 2)``."""
+        places, packed = some
+        with self._trainer.precision_plugin.forward_context():  # as the steps
+            logprobs = self._module.answer_logprobs(packed.to(self._module.device))
+        return places, logprobs[: 2 * len(places)].view(-1, 2).cpu()
 
     def _samples(self, mixture: Mixture, step: int) -> NDArray[np.int64]:
         return mixture.samples_of(step, seed=self._seed, round_=self._round)
@@ -228,10 +238,13 @@ class ServerVisit:
     def _take_step(self, store: PreferenceStore, mixture: Mixture, num_steps: int) -> None:
         rules, objective = self._rules, mixture.objective
         samples = self._samples(mixture, self._step).tolist()
-        num_parts = self._trainer.accumulate_grad_batches
-        batches: list[Any]
+        share: Any = {
+            "num_parts": self._trainer.accumulate_grad_batches,
+            "peers": self._layout.world,
+        }
+        batches: Sequence[SupervisedBatch | PreferenceBatch]
         if objective == "sft":
-            batches = store.supervised(samples, num_parts=num_parts)
+            batches = store.supervised(samples, **share)
         else:
             assert self._reference is not None
             batches = store.preference(
@@ -239,56 +252,26 @@ class ServerVisit:
                 reference=self._reference,
                 beta=rules.beta,
                 nll_weight=rules.nll_weight,
-                num_parts=num_parts,
+                **share,
             )
-        self._named = store.named(samples)
         self._seed_dropout(objective)
-        rate = rules.learning_rate(objective, self._step, num_steps)
-        self._losses[objective].append(self._optimize(batches, rate, objective))
+        taken = self._steps.take(
+            batches,
+            rate=rules.learning_rate(objective, self._step, num_steps),
+            name=f"step {self._step + 1} of the server's {objective} in round {self._round + 1}",
+            samples=store.named(samples),
+        )
+        self._losses[objective].append(taken.loss)
+        self._num_preferred += taken.num_preferred
         self._tokens["trained"] += store.num_tokens(samples, both=objective == "dpo")
         self._step += 1
         self._num_steps[objective] += 1
         self._num_compared += len(samples) if objective == "dpo" else 0
 
-    def _optimize(self, batches: list[Any], rate: float, objective: str) -> float:
-        """One optimizer step on batches that add up to it; returns its loss."""
-        strategy, optimizer = self._trainer.strategy, self._trainer.optimizers[0]
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        total = 0.0
-
-        def closure() -> Tensor:
-            nonlocal total
-            optimizer.zero_grad()
-            loss = torch.zeros(())
-            for batch in batches:
-                output: Any = strategy.training_step(strategy.batch_to_device(batch), 0)
-                loss = output["loss"]
-                total += self._finite(loss, objective)
-                self._num_preferred += int(output.get("num_preferred", 0))
-                strategy.backward(loss, optimizer)
-            return loss
-
-        self._module.optimizers().step(closure)  # type: ignore[union-attr]
-        if not all(each.isfinite().all() for each in self._module.flat_adapter().parameters):
-            raise self._not_finite(objective, "leaves an adapter that is not finite")
-        return total
-
-    def _finite(self, loss: Tensor, objective: str) -> float:
-        value = loss.item()
-        if not math.isfinite(value):
-            raise self._not_finite(objective, f"has the loss {value}")
-        return value
-
-    def _not_finite(self, objective: str, what: str) -> NonFiniteLossError:
-        return NonFiniteLossError(
-            f"step {self._step + 1} of the server's {objective} in round {self._round + 1} {what} "
-            f"(its samples: {self._named})"
-        )
-
     def _seed_dropout(self, objective: str) -> None:
-        place = ("sft", "dpo").index(objective)
-        seed = derive_seed(Stream.SERVER_DROPOUT, self._seed, self._round, place, self._step)
+        key = (self._seed, self._round, ("sft", "dpo").index(objective), self._step)
+        world = self._layout.world  # each rank has another part
+        seed = derive_seed(Stream.SERVER_DROPOUT, *key, *([world.index] if world.size > 1 else []))
         torch.default_generator.manual_seed(seed)
         if self._module.device.type == "cuda":
             torch.cuda.manual_seed(seed)

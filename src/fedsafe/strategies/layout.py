@@ -46,6 +46,10 @@ class Layout:
         return ALONE if self.replicas.size == self.world.size else self.data
 
 
+ONE_RANK = Layout()
+"""One process does everything."""
+
+
 class LaidOut(ABC):
     """A strategy of fedsafe's own, which knows its layout."""
 
