@@ -24,14 +24,20 @@ _WRONG_WARNINGS = (
     ".*is_gradient_checkpointing. is deprecated.*",
     ".*isinstance.treespec, LeafSpec.. is deprecated.*",
 )
-_NO_NEWS = ("Tip:", "TPU available", "weights_only", "`max_epochs=")
+_NO_NEWS = (
+    "Tip:",
+    "TPU available",
+    "weights_only",
+    "`max_epochs=",
+    "recommend passing in an `attention_mask`",  # a pack has boundaries, and no padding
+)
 
 
 def quiet_known_noise() -> None:
     """Filter the warnings and lines named above, and progress bars where nobody watches."""
     for message in _WRONG_WARNINGS:
         warnings.filterwarnings("ignore", message)
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "transformers"):
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(_is_news)
     transformers_logging.disable_progress_bar()
