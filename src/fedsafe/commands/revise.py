@@ -1,8 +1,8 @@
 """`fedsafe revise`: red-team prompts to pairs of red and revised responses."""
 
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -63,8 +63,7 @@ def revise(  # noqa: PLR0913
     its own copy of the model and takes some of the batches; the files are the same.
 
     Args:
-        input: File of prompts, of type .jsonl, .jsonl.gz, .json, .csv or .parquet, or a hub name;
-            every rank reads it.
+        input: File of prompts, of type .jsonl, .jsonl.gz, .json, .csv or .parquet, or a hub name.
         output: File NAME.jsonl for the pairs, a transcript a line. Beside it come
             NAME.rejected.jsonl (transcripts that make no pair, and the reason), NAME.bad.jsonl
             (rows that could not be used, and why) and NAME.summary.json.
@@ -89,31 +88,18 @@ def revise(  # noqa: PLR0913
         base, adapter, backend=backend, dtype=dtype, device=device, memory_share=memory_share
     )
     with joined() as peers:
-        # A command killed at its very end left some files in their places; see below.
-        again = overwrite or outputs.journal.exists()
-        peers.from_first(lambda: outputs.files.check(Path(input), overwrite=again))
+        peers.from_first(lambda: outputs.check(Path(input), overwrite=overwrite))
         rows = read_prompts(input, split=split, on_bad_row=on_bad_row)
         prompts = [row for row in rows if not isinstance(row, Rejected)]
         check_agreed(peers, f"numbers of prompts in {input}", len(prompts))
         settings = peers.from_first(lambda: _settings(reviser, model, seed=seed))
         journal = Journal(outputs.journal, settings | _VERSION, prompts, overwrite=overwrite)
-        with ExitStack() as stack:
-
-            def take_up() -> set[int]:
-                stack.enter_context(journal.open())
-                outputs.files.check(Path(input), overwrite=overwrite or journal.is_complete)
-                return set(journal.transcripts)
-
-            work = _Work(reviser, model, prompts, peers.from_first(take_up), seed, peers)
-            if peers.index > 0:
-                work.help()
-                return
-            speed = work.lead(journal)
-            with outputs.files.open():
-                summary = {"input": input, "output": output, **settings}
-                summary |= {**_write_all(rows, journal, outputs), **speed}
-                outputs.files.write_summary(outputs.summary, summary)
-        _show(summary, outputs.files.written())
+        work = _Work(reviser, model, prompts, journal, seed, peers)
+        with work.taken_up(outputs, Path(input), overwrite=overwrite) as done:
+            speed = work.do(done)
+            if peers.index == 0:
+                about = {"input": input, "output": output, **settings}
+                _show(_write_all(rows, journal, outputs, about, speed), outputs)
 
 
 class _Model:
@@ -183,62 +169,79 @@ class _Work(NamedTuple):
     reviser: Reviser
     model: _Model
     prompts: Sequence[RedTeamPrompt]
-    done: Collection[int]
-    """Places of the prompts that are through."""
+    journal: Journal
+    """Written by the first rank."""
     seed: int
     peers: Peers
 
-    def lead(self, journal: Journal) -> dict[str, Any]:
-        """Revise, and write everything into the journal; returns how fast."""
-        generated, total, before = 0, len(self.prompts), len(self.done)
+    @contextmanager
+    def taken_up(
+        self, outputs: RevisionOutputs, source: Path, *, overwrite: bool
+    ) -> Iterator[Collection[int]]:
+        """Open the journal; yields the places of the prompts that are through."""
+        with ExitStack() as stack:
+
+            def take_up() -> set[int]:
+                stack.enter_context(self.journal.open())
+                outputs.files.check(source, overwrite=overwrite or self.journal.is_complete)
+                return set(self.journal.transcripts)
+
+            yield self.peers.from_first(take_up)
+
+    def do(self, done: Collection[int]) -> dict[str, Any]:
+        """Revise what the journal does not hold yet; returns how fast."""
+        generated, left, writes = 0, len(self.prompts) - len(done), self.peers.index == 0
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task("Revising", total=total, completed=before)
-            speaker = self.model.load() if before < total else None
+        with Progress(*columns, console=Console(stderr=True), disable=not writes) as progress:
+            task = progress.add_task("Revising", total=len(self.prompts), completed=len(done))
+            speaker = self.model.load() if left else None
             started = time.perf_counter()
-            for batch in self._batches(speaker):
-                journal.add(batch)
+            for batch in self._batches(speaker, done) if speaker is not None else ():
+                if writes:
+                    self.journal.add(batch)
                 generated += sum(transcript.num_generated for _, transcript in batch)
                 progress.advance(task, len(batch))
             seconds = time.perf_counter() - started
-        rate = round((total - before) / seconds, 2) if generated else None
-        return {"seconds": round(seconds, 3), "prompts_per_second": rate, "taken_over": before}
+        rate = round(left / seconds, 2) if generated else None
+        return {"seconds": round(seconds, 3), "prompts_per_second": rate, "taken_over": len(done)}
 
-    def help(self) -> None:
-        """Take the share of another rank than the first, which writes everything down."""
-        for _ in self._batches(self.model.load() if len(self.done) < len(self.prompts) else None):
-            pass
-
-    def _batches(self, speaker: Speaker | None) -> Iterable[list[tuple[int, Transcript]]]:
-        if speaker is None:
-            return ()
+    def _batches(
+        self, speaker: Speaker, done: Collection[int]
+    ) -> Iterator[list[tuple[int, Transcript]]]:
         return self.reviser.revise_in_batches(
-            speaker, self.prompts, seed=self.seed, done=self.done, replicas=self.peers
+            speaker, self.prompts, seed=self.seed, done=done, replicas=self.peers
         )
 
 
 def _write_all(
-    rows: Sequence[RedTeamPrompt | Rejected], journal: Journal, outputs: RevisionOutputs
+    rows: Sequence[RedTeamPrompt | Rejected],
+    journal: Journal,
+    outputs: RevisionOutputs,
+    about: dict[str, Any],
+    speed: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write what became of each row, in order; returns the figures."""
-    transcripts = iter(journal.in_order())
-    for row in rows:
-        outputs.write(row if isinstance(row, Rejected) else next(transcripts))
-    counts = RevisionCounts.of(journal.in_order()).as_dict()
-    num_rows = outputs.num_rows()
-    assert sum(num_rows.values()) == len(rows), num_rows
-    assert num_rows["kept"] == counts.pop("kept"), num_rows
-    assert num_rows["rejected"] == sum(counts["dropped"].values()), num_rows
-    return {"rows": len(rows), **num_rows, **counts}
+    """Write what became of each row, in order, and the figures; returns these."""
+    with outputs.files.open():
+        transcripts = iter(journal.in_order())
+        for row in rows:
+            outputs.write(row if isinstance(row, Rejected) else next(transcripts))
+        counts = RevisionCounts.of(journal.in_order()).as_dict()
+        num_rows = outputs.num_rows()
+        assert sum(num_rows.values()) == len(rows), num_rows
+        assert num_rows["kept"] == counts.pop("kept"), num_rows
+        assert num_rows["rejected"] == sum(counts["dropped"].values()), num_rows
+        summary = {**about, "rows": len(rows), **num_rows, **counts, **speed}
+        outputs.files.write_summary(outputs.summary, summary)
+    return summary
 
 
-def _show(summary: Mapping[str, Any], written: Sequence[Path]) -> None:
+def _show(summary: Mapping[str, Any], outputs: RevisionOutputs) -> None:
     """Tell what became of the prompts, and where it is."""
     console = Console()
     console.print(_table(summary))
     if not summary["kept"]:
         console.print(_nothing_kept(summary), soft_wrap=True)
-    console.print(f"wrote {', '.join(map(str, written))}", soft_wrap=True)
+    console.print(f"wrote {', '.join(map(str, outputs.files.written()))}", soft_wrap=True)
 
 
 def _table(summary: Mapping[str, Any]) -> Table:

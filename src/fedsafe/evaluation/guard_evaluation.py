@@ -1,5 +1,6 @@
 """A guard on labelled samples: its figures, over all and by category and client."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from fedsafe.evaluation.guard_metrics import (
 from fedsafe.peers import ALONE, Peers
 from fedsafe.safety.guard import Guard, shown
 from fedsafe.safety.score_cache import ScoreCache, conversation_key
-from fedsafe.types import JudgedPart
+from fedsafe.types import Conversation, JudgedPart
 
 
 class WantedRecall(NamedTuple):
@@ -128,15 +129,13 @@ def measure_guard(
             measure it.
     """
     messages = samples["messages"]
-    asked = [shown(each, judge) for each in messages]
-    verdicts = ScoreCache(guard).verdicts(asked, peers=peers)
+    verdicts = ScoreCache(guard).verdicts([shown(m, judge) for m in messages], peers=peers)
     unsafe = np.array([verdict.unsafe for verdict in verdicts])
     labels: NDArray[np.bool_] = np.array(samples["label"]) == "unsafe"
     measured = np.ones(len(labels), dtype=np.bool_)
     given, choice = threshold, None
     if wanted is not None:
-        keys = [conversation_key(each) for each in messages]
-        chosen_on = validation_part(keys, share=wanted.validation_share, seed=wanted.seed)
+        chosen_on = _chosen_on(messages, wanted)
         measured = _others(chosen_on, wanted)
         threshold = threshold_for_recall(unsafe[chosen_on], labels[chosen_on], wanted.recall)
         choice = Choice(
@@ -163,6 +162,11 @@ def measure_guard(
         shortened=sum(v.shortened for v, is_in in zip(verdicts, measured, strict=True) if is_in),
         choice=choice,
     )
+
+
+def _chosen_on(messages: Sequence[Conversation], wanted: WantedRecall) -> NDArray[np.bool_]:
+    keys = [conversation_key(each) for each in messages]
+    return validation_part(keys, share=wanted.validation_share, seed=wanted.seed)
 
 
 def _others(chosen_on: NDArray[np.bool_], wanted: WantedRecall) -> NDArray[np.bool_]:

@@ -138,6 +138,14 @@ class RevisionOutputs:
         paths = (self.rejected, self.bad, self.summary, kept)
         self.files = OutputFiles(paths, unless_empty=(self.bad,))
 
+    def check(self, source: Path, *, overwrite: bool) -> None:
+        """Refuse to write over files, but what a command left that was killed at its very end.
+
+        Raises:
+            ValueError: If a file would be overwritten.
+        """
+        self.files.check(source, overwrite=overwrite or self.journal.exists())
+
     def write(self, row: Transcript | Rejected) -> None:
         """Write what became of a row to the file that it belongs to."""
         if isinstance(row, Rejected):
