@@ -210,3 +210,9 @@ def test_a_rank_keeps_no_update_where_sums_are_exchanged() -> None:
         return kept
 
     assert together(2, kept_bytes) == [0, 0]
+
+
+def test_an_unknown_exchange_is_refused() -> None:
+    server = Server(torch.ones(SIZE), optimizer=FedAvg(), drift=None)
+    with pytest.raises(ValueError, match="exchange is 'sum'; give 'sums' or 'updates'"):
+        RoundExchange(server, ALONE, "sum")  # type: ignore[arg-type]

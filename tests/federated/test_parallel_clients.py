@@ -16,12 +16,8 @@ from torch import Tensor
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-UPDATES = tuple(f"{case}.adamw" for case in CASES)
-SUMS = tuple(
-    f"{case}.sgd"
-    for case in (*(f"{rule}-{k}" for rule in ("fedavg", "scaffold") for k in (3, 4, 1)), "refused")
-)
-RESUMED = "scaffold-3.adamw"
+EXCHANGES = ("updates", "sums")
+RESUMED = "scaffold-3"
 
 
 def adapters(folder: Path) -> dict[str, Tensor]:
@@ -50,10 +46,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_gpt2: Path, conversation
         )
         parallel_runs.fit(made)
 
-    for name in (*UPDATES, *SUMS):
+    for name in CASES:
         one(folder / "one" / name)
     shutil.copytree(folder / "one" / RESUMED, folder / "from-one" / "updates" / RESUMED)
-    named = [*(f"updates/{name}" for name in UPDATES), *(f"sums/{name}" for name in SUMS)]
+    named = [f"{exchange}/{name}" for exchange in EXCHANGES for name in CASES]
     named.append(f"from-one/updates/{RESUMED}")
     run_ranks(parallel_runs.__file__, tiny_gpt2, conversations, folder, *named)
     shutil.copytree(folder / "updates" / RESUMED, folder / "from-two" / RESUMED)
@@ -69,12 +65,12 @@ def assert_same(run: Path, expected: Path) -> None:
     assert rows(run) == rows(expected)
 
 
-@pytest.mark.parametrize("name", UPDATES)
+@pytest.mark.parametrize("name", CASES)
 def test_exchanged_updates_make_the_run_of_one_process_bit_for_bit(runs: Path, name: str) -> None:
     assert_same(runs / "updates" / name, runs / "one" / name)
 
 
-@pytest.mark.parametrize("name", SUMS)
+@pytest.mark.parametrize("name", CASES)
 def test_exchanged_sums_make_the_run_of_one_process_to_rounding(runs: Path, name: str) -> None:
     ours, expected = adapters(runs / "sums" / name), adapters(runs / "one" / name)
     assert ours.keys() == expected.keys() != set()
@@ -91,7 +87,7 @@ def names_of(row: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def test_a_client_whose_update_is_refused_is_told_as_in_one_process(runs: Path) -> None:
-    for row in rows(runs / "sums" / "refused.sgd"):
+    for row in rows(runs / "sums" / "refused"):
         told = {client["client"]: client.get("reason") for client in row["clients"]}
         assert told == {
             "ada": None,
@@ -104,3 +100,12 @@ def test_a_client_whose_update_is_refused_is_told_as_in_one_process(runs: Path) 
 @pytest.mark.parametrize("start", ["from-one/updates", "from-two"])
 def test_a_run_goes_on_with_another_number_of_ranks_bit_for_bit(runs: Path, start: str) -> None:
     assert_same(runs / start / RESUMED, runs / "one" / RESUMED)
+
+
+def test_ranks_speak_no_more_often_in_a_round_of_more_steps(runs: Path) -> None:
+    short, long = (
+        json.loads((runs / "sums" / case / parallel_runs.MESSAGES).read_text())
+        for case in ("fedavg-3", "twice-the-steps")
+    )
+    assert short["all_reduce"] > 0
+    assert long == short

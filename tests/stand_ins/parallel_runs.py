@@ -7,10 +7,15 @@ torchrun all ranks run them, one after another.
 """
 
 import argparse
+import json
 import os
 import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -28,6 +33,8 @@ LOCAL_STEPS = 3
 BAD_CLIENT = 1
 GO_ON = "after-2.ckpt"
 """The checkpoint of the second round's end."""
+MESSAGES = "messages.json"
+"""How often rank 0 spoke with the others in a run, and how."""
 
 
 def with_clients(number: int, **rounds: Any) -> dict[str, Any]:
@@ -40,17 +47,13 @@ CASES: dict[str, dict[str, Any]] = {
     "fedadam": with_clients(3, server_optimizer=FedAdam(0.1)),
     "epochs": {"rounds": {"clients_per_round": 3, "local_epochs": 1, "weighting": "tokens"}},
     "accumulated": {**with_clients(3), "trainer": {"accumulate_grad_batches": 2}},
+    "twice-the-steps": {"rounds": {"clients_per_round": 3, "local_steps": 2 * LOCAL_STEPS}},
     "failing": with_clients(4, failure_probability=0.5, client_drift=Scaffold(), seed=1),
     "refused": with_clients(4, client_drift=Scaffold()),
     "local": with_clients(3, mode="local"),
     "central": with_clients(3, mode="central"),
 }
 """Settings of each run; what all share is in `make`."""
-
-MODELS: dict[str, dict[str, Any]] = {
-    "adamw": {},
-    "sgd": {"optimizer": "sgd", "learning_rate": 0.5},  # does not magnify what rounding leaves
-}
 
 
 class Poison(Callback):
@@ -79,11 +82,10 @@ def make(
     """A run with everything that ranks could get wrong: dropout, warm-up, validation.
 
     Args:
-        name: One of `CASES` and one of `MODELS`, as in `fedavg-3.adamw`.
+        name: One of `CASES`.
         exchange: What ranks with clients in parallel tell each other; None is one process.
         folder: Its run directory.
     """
-    case, model = name.split(".")
     ranks = {"strategy": "auto"}
     if exchange is not None:
         strategy = ClientParallelStrategy(exchange)  # type: ignore[arg-type]
@@ -92,13 +94,13 @@ def make(
         folder,
         base=base,
         path=conversations,
-        model={"lora_dropout": 0.2, "warmup_steps": 2, "lr_schedule": "cosine", **MODELS[model]},
+        model={"lora_dropout": 0.2, "warmup_steps": 2, "lr_schedule": "cosine"},
         data={"validation_share": 0.1},
-        rounds=CASES[case]["rounds"],
-        trainer={"max_epochs": NUM_ROUNDS, **ranks, **CASES[case].get("trainer", {})},
+        rounds=CASES[name]["rounds"],
+        trainer={"max_epochs": NUM_ROUNDS, **ranks, **CASES[name].get("trainer", {})},
         callbacks=(RoundCheckpoint(), KeepSecond()),
     )
-    if case == "refused":
+    if name == "refused":
         federation.trainer.callbacks.insert(0, Poison())  # before the rounds take the update
     return federation
 
@@ -109,6 +111,29 @@ def fit(federation: Federation) -> None:
     federation.fit(ckpt_path=checkpoint if checkpoint.exists() else None)
 
 
+@contextmanager
+def counted_messages(file: Path) -> Iterator[None]:
+    """Write down how often each of torch's collectives was called."""
+    calls: Counter[str] = Counter()
+
+    def counting(name: str) -> Any:
+        function = getattr(dist, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        return patch.object(dist, name, call)
+
+    names = ("all_gather_object", "all_reduce", "barrier", "broadcast", "broadcast_object_list")
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(counting(name))
+        yield
+    if dist.get_rank() == 0:
+        file.write_text(json.dumps(calls))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("base", "conversations", "folder"):
@@ -117,15 +142,15 @@ def main() -> None:
     options = parser.parse_args()
     for run in options.runs:
         exchange, name = run.split("/")[-2:]
-        fit(
-            make(
-                name,
-                exchange,
-                base=options.base,
-                conversations=options.conversations,
-                folder=options.folder / run,
-            )
+        federation = make(
+            name,
+            exchange,
+            base=options.base,
+            conversations=options.conversations,
+            folder=options.folder / run,
         )
+        with counted_messages(options.folder / run / MESSAGES):
+            fit(federation)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -1,15 +1,15 @@
 """What ranks that train different clients tell each other at the end of a round.
 
 Two ways. `sums`: each rank streams its clients into a running sum, and the sums are added up;
-memory does not grow with the clients, but the order of additions, and with it the last bits, depend
-on who trained whom. `updates`: every rank takes in every client's update, in the order of the
-round's visits, so that the arithmetic is that of one process, bit for bit; a rank keeps the updates
-of its own clients until then.
+memory does not grow with the clients, and the result is that of one process but for the rounding of
+float64, which all but never shows in float32. `updates`: every rank takes in every client's update,
+in the order of the round's visits, so that the arithmetic is that of one process, bit for bit; a
+rank keeps the updates of its own clients until then.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -51,9 +51,14 @@ class RoundExchange:
         peers: The ranks that train other clients at the same time, and this one.
         mode: `sums` or `updates`; a server that never averages needs every update on every rank,
             and gets `updates` in any case.
+
+    Raises:
+        ValueError: If the mode is another one.
     """
 
     def __init__(self, server: Server, peers: Peers, mode: ExchangeMode) -> None:
+        if mode not in get_args(ExchangeMode):
+            raise ValueError(f"exchange is {mode!r}; give 'sums' or 'updates'")
         self._server = server
         self._peers = peers
         self._keeps = peers.size > 1 and (mode == "updates" or server.isolated)

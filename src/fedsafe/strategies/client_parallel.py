@@ -19,8 +19,8 @@ class ClientParallelStrategy(LaidOut, DDPStrategy):
 
     Args:
         exchange: What ranks tell each other at a round's end: weighted `sums`, whose memory does
-            not grow with the clients, or every client's update in turn, which is bit-equal to one
-            process.
+            not grow with the clients, or every client's update in turn (`updates`), which is
+            bit-equal to one process where the sums all but always are.
         timeout: How long a rank waits for the others, such as 0:30:00, before the run ends: longer
             than the first to end a round waits for the last, or for validation on one rank.
         process_group_backend: How ranks speak; None takes nccl on GPUs and gloo on CPUs.
@@ -44,9 +44,17 @@ class ClientParallelStrategy(LaidOut, DDPStrategy):
     def setup(self, trainer: Trainer) -> None:
         """Set up as on one device: DDP would wrap the model and send the base from rank 0."""
         ParallelStrategy.setup(self, trainer)
+        # Lightning has all ranks meet before every batch, to hear of a SIGTERM to one of them; they
+        # would wait for whichever has the longer batch. Each still hears of its own SIGTERM.
+        loop = trainer.fit_loop.epoch_loop
+        loop._broadcast_sigterm_tensor = _say_nothing  # type: ignore[method-assign]
 
     def _setup_model(self, model: nn.Module) -> nn.Module:  # type: ignore[override]  # no wrapper
         """Make all ranks begin with the same adapter; the base each has loaded itself."""
         adapter = WholeAdapter(model.named_parameters())
         adapter.write(self.layout.world.broadcast_(adapter.read(), source=0))
         return model
+
+
+def _say_nothing() -> None:
+    pass
