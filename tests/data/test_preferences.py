@@ -9,10 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from fedsafe.data import preferences as preferences_module
-from fedsafe.data.packing import Pack
+from fedsafe.data.packing import Pack, SupervisedBatch
 from fedsafe.data.preferences import PreferenceStore
 from fedsafe.data.sources import Rejected
 from fedsafe.data.tokenizer import train_tokenizer
+from fedsafe.peers import Peers
 from fedsafe.types import Conversation, PreferencePair
 
 StoreMaker = Callable[..., PreferenceStore]
@@ -122,6 +123,35 @@ def test_parts_are_even_none_is_empty_and_each_knows_the_whole_step(
     assert {(part.num_pairs, part.num_chosen_tokens) for part in compared} == {(5, tokens)}
     kept = torch.cat([part.reference for part in compared]).view(-1, 2)
     assert sorted(kept.tolist()) == sorted(reference.tolist())
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 3])
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_ranks_share_the_parts_of_a_step_and_have_as_many(
+    make_store: StoreMaker, size: int, num_parts: int
+) -> None:
+    store = make_store([pair("yes " * (i + 1), "no", row=i) for i in range(5)])
+    indices, reference = [4, 0, 3, 1, 2], rows(range(5), 5)
+    settings: Any = {"reference": reference, "beta": 0.1, "nll_weight": 0.0}
+    many = size * num_parts
+    whole = (
+        store.supervised(indices, num_parts=many),
+        store.preference(indices, num_parts=many, **settings),
+    )
+    shares: list[Any] = [
+        (
+            store.supervised(indices, num_parts=num_parts, peers=peers),
+            store.preference(indices, num_parts=num_parts, peers=peers, **settings),
+        )
+        for peers in (Peers(index, size) for index in range(size))
+    ]
+    for place, parts in enumerate(whole):
+        assert len({len(share[place]) for share in shares}) == 1
+        dealt = [batch for step in zip(*(s[place] for s in shares), strict=True) for batch in step]
+        filled = [batch for batch in dealt if len(batch.targets)]
+        assert [b.input_ids.tolist() for b in filled] == [b.input_ids.tolist() for b in parts]
+        assert all(type(batch) is SupervisedBatch for batch in dealt[len(parts) :])
+        assert len(dealt) - len(parts) < size
 
 
 def test_a_step_without_pairs_has_no_packs(make_store: StoreMaker) -> None:
