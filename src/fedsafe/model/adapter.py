@@ -8,10 +8,12 @@ from copy import copy
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from peft.helpers import rescale_adapter_scale
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from fedsafe.model.flat_adapter import FlatAdapter, WholeAdapter
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -69,7 +71,7 @@ def save_adapter(
         # "auto" would ask the model hub whether the vocabulary changed
         named = get_peft_model_state_dict(model, save_embedding_layers=False)
     else:
-        named = {name.replace(".default", ""): tensor for name, tensor in tensors.items()}
+        named = {_name_in_file(name): tensor for name, tensor in tensors.items()}
     empty = [name for name, tensor in named.items() if not tensor.numel()]
     if empty or not named:
         raise ValueError(
@@ -103,8 +105,13 @@ def read_adapter_config(directory: Path) -> dict[str, object]:
     return config
 
 
-def load_adapter(model: PeftModel, directory: Path) -> None:
+def load_adapter(model: PeftModel, directory: Path, *, access: FlatAdapter | None = None) -> None:
     """Overwrite the model's adapter with one in PEFT's format.
+
+    Args:
+        model: Gives the settings that the adapter must share.
+        directory: Folder of the adapter.
+        access: How the adapter is written; None for a model that this process holds whole.
 
     Raises:
         ValueError: If the directory holds no adapter, or one of another shape, of other modules, or
@@ -125,9 +132,10 @@ def load_adapter(model: PeftModel, directory: Path) -> None:
                 "not; merge it into its base, and test that"
             )
     tensors = load_file(directory / WEIGHTS)
-    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    access = access or WholeAdapter(model.named_parameters())
+    expected = dict(zip(map(_name_in_file, access.names), access.shapes, strict=True))
     differing = sorted(expected.keys() ^ tensors.keys())
-    differing += [name for name in expected if _shape(tensors, name) != expected[name].shape]
+    differing += [name for name in expected if _shape(tensors, name) != expected[name]]
     if differing:
         raise ValueError(
             f"the adapter in {directory} does not fit model.base: {len(differing)} tensors are on "
@@ -135,7 +143,13 @@ def load_adapter(model: PeftModel, directory: Path) -> None:
             f"{saved.get('base_model_name_or_path')!r} with target_modules "
             f"{saved.get('target_modules')}"
         )
-    set_peft_model_state_dict(model, tensors)
+    values = torch.cat([tensors[name].flatten().float() for name in expected])
+    access.write(values.to(access.device))
+
+
+def _name_in_file(name: str) -> str:
+    """PEFT leaves out which of a model's adapters a tensor is of."""
+    return name.replace(".default", "")
 
 
 def _shape(tensors: dict[str, Tensor], name: str) -> torch.Size | None:

@@ -251,7 +251,7 @@ class LoraLM(LightningModule):
         """Forget what was measured before; take the adapter that is to be tested."""
         self.benchmark_scores.clear()
         if self.adapter_folder is not None:
-            load_adapter(self.peft_model, self.adapter_folder)
+            load_adapter(self.peft_model, self.adapter_folder, access=self.flat_adapter())
 
     def test_step(
         self, batch: Pack | BenchmarkBatch, batch_idx: int, dataloader_idx: int = 0
