@@ -157,6 +157,18 @@ class PartlyPartitionedAdapter(PartitionedAdapter):
         whole[self._peers.index * size :][:size] = part.to(self.device)
         return self._peers.sum_(whole)[: self.num_params]
 
+    def write_gradient(self, vector: Tensor) -> None:
+        """See `FlatAdapter`."""
+        super().write_gradient(vector)
+        if not self._zero.cpu_offload:
+            return
+        gradient = self._part_of_rank().grad
+        assert gradient is not None
+        for parameter in self._zero.params_in_partition[0]:  # DeepSpeed clips by the norms it noted
+            key = self._zero.get_param_id(parameter)
+            *_, start, size = self._zero.grad_position[key]
+            self._zero.norm_for_param_grads[key] = gradient[start : start + size].norm()
+
     def _write_gradient(self, parameter: Tensor, gradient: Tensor) -> None:
         from deepspeed.utils import safe_set_full_grad
 

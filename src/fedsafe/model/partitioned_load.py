@@ -73,9 +73,9 @@ def drops_frozen_weights() -> Iterator[None]:
 
     plain = functional.linear
 
-    def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         of_frozen = torch.is_grad_enabled() and not weight.requires_grad
-        output: Tensor = (zero3_linear_wrap if of_frozen else plain)(inputs, weight, bias)
+        output: Tensor = (zero3_linear_wrap if of_frozen else plain)(input, weight, bias)
         return output
 
     functional.linear = linear

@@ -44,14 +44,14 @@ class ZeroPrecision(DeepSpeedPrecision):
     Lightning's plugin would round what is in a batch.
     """
 
-    def __init__(self, precision: Any) -> None:
+    def __init__(self, precision: Any, *, device_type: str = "cuda") -> None:
         if precision not in ("32-true", "bf16-mixed"):
             raise ValueError(
                 f"Trainer(precision={precision!r}) cannot run under ZeRO; give 'bf16-mixed' or "
                 "'32-true', and the base's type as model.dtype"
             )
         super().__init__(precision)
-        self.device_type = "cuda"
+        self._device_type = device_type
 
     def convert_input(self, data: Any) -> Any:
         """Leave batches as they are."""
@@ -61,7 +61,7 @@ class ZeroPrecision(DeepSpeedPrecision):
         """What is computed in bfloat16 is torch's choice."""
         if self.precision == "32-true":
             return nullcontext()
-        return torch.autocast(self.device_type, dtype=torch.bfloat16, cache_enabled=False)
+        return torch.autocast(self._device_type, dtype=torch.bfloat16, cache_enabled=False)
 
     def backward(  # type: ignore[override]
         self, tensor: Tensor, model: LightningModule, optimizer: Any, *args: Any, **kwargs: Any
@@ -138,7 +138,8 @@ class ZeroStrategy(LaidOut, DeepSpeedStrategy):
             return nullcontext()
         from deepspeed import zero
 
-        absent = [p for p in module.parameters(recurse=False) if p.ds_status.name != "AVAILABLE"]
+        own: list[Any] = list(module.parameters(recurse=False))
+        absent = [each for each in own if each.ds_status.name != "AVAILABLE"]
         gathered: AbstractContextManager[None] = zero.GatheredParameters(absent)
         return gathered
 
@@ -185,33 +186,44 @@ class ZeroStrategy(LaidOut, DeepSpeedStrategy):
         if self.stage != 3:
             return make()
         self._init_config_if_needed()
-        return build_partitioned(
-            make, self.layout.world, settings=self.config, device=self.root_device
-        )
+        settings, world = self._config, self.layout.world
+        return build_partitioned(make, world, settings=settings, device=self.root_device)
 
     def setup(self, trainer: Trainer) -> None:
-        """Split the model if it is to be split, then hand it to DeepSpeed."""
-        self.precision_plugin.device_type = self.root_device.type
+        """Hand the model to DeepSpeed."""
+        model, precision = self.lightning_module, self.precision_plugin.precision
+        assert model is not None
+        self._precision_plugin = ZeroPrecision(precision, device_type=self.root_device.type)
         self._init_config_if_needed()
-        if self.precision_plugin.precision == "bf16-mixed":
+        if precision == "bf16-mixed":
             # an empty list: gradients and weights travel as they are, not in bfloat16
-            self.config["torch_autocast"] = {
-                "enabled": True,
-                "dtype": "bfloat16",
-                "lower_precision_safe_modules": [],
-            }
+            autocast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+            self._config["torch_autocast"] = autocast
         if self.stage == 3:
-            self.lightning_module.to(self.root_device)  # buffers and metrics; parameters are there
+            model.to(self.root_device)  # buffers and metrics; parameters are there
         super().setup(trainer)
         if self.stage == 3:
-            _name_direct_uses(self.lightning_module)
+            _name_direct_uses(model)
         if self.optimizers:
             self.deepspeed_engine.set_gradient_accumulation_boundary(True)
 
+    @property
+    def _config(self) -> dict[str, Any]:
+        assert isinstance(self.config, dict)
+        return self.config
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Let the graph of a step keep no weights that stage 3 puts away."""
-        with drops_frozen_weights() if self.stage == 3 else nullcontext():
+        with self._drops_frozen_weights():
             return super().training_step(*args, **kwargs)
+
+    def backward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Gradient checkpointing computes parts of the step again in here."""
+        with self._drops_frozen_weights():
+            return super().backward(*args, **kwargs)
+
+    def _drops_frozen_weights(self) -> AbstractContextManager[None]:
+        return drops_frozen_weights() if self.stage == 3 else nullcontext()
 
     # ---- accumulated batches ---------------------------------------------------------------------
 
