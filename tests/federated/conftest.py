@@ -1,19 +1,13 @@
 """A tiny federation that trains in a fraction of a second, and one call that runs it."""
 
-import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from federations import Federation, build_federation
+from federations import Federation, build_federation, write_conversations
 from torch import Tensor
-
-CLIENT_SIZES = {"ada": 9, "bob": 4, "cyd": 7, "dee": 6}
-"""Samples of each client; with batches of 3, the last batch of some passes is smaller."""
-
 
 FederationMaker = Callable[..., Federation]
 
@@ -21,16 +15,8 @@ FederationMaker = Callable[..., Federation]
 @pytest.fixture(scope="session")
 def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A JSONL file of short conversations of four clients of different sizes."""
-    rng = random.Random(0)
-    words = ["red", "blue", "green", "cat", "dog", "sun", "moon"]
-
-    def sample(client: str) -> dict[str, str]:
-        prompt, response = (" ".join(rng.choices(words, k=rng.randint(1, 4))) for _ in range(2))
-        return {"prompt": prompt, "response": response, "client": client}
-
-    rows = [sample(client) for client, size in CLIENT_SIZES.items() for _ in range(size)]
     file = tmp_path_factory.mktemp("conversations") / "conversations.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_conversations(file)
     return file
 
 

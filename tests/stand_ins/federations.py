@@ -1,6 +1,7 @@
 """A tiny federation that trains in a fraction of a second, in one process or on several ranks."""
 
 import json
+import random
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,22 @@ from fedsafe.federated.partition import Natural
 from fedsafe.federated.rounds import FederatedRounds
 from fedsafe.federated.server import Update
 from fedsafe.model.module import LoraLM
+
+CLIENT_SIZES = {"ada": 9, "bob": 4, "cyd": 7, "dee": 6}
+"""Samples of each client; with batches of 3, the last batch of some passes is smaller."""
+
+
+def write_conversations(file: Path) -> None:
+    """Write a JSONL file of short conversations of four clients of different sizes."""
+    rng = random.Random(0)
+    words = ["red", "blue", "green", "cat", "dog", "sun", "moon"]
+
+    def sample(client: str) -> dict[str, str]:
+        prompt, response = (" ".join(rng.choices(words, k=rng.randint(1, 4))) for _ in range(2))
+        return {"prompt": prompt, "response": response, "client": client}
+
+    rows = [sample(client) for client, size in CLIENT_SIZES.items() for _ in range(size)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @dataclass
