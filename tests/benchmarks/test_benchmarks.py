@@ -85,6 +85,17 @@ def test_many_clients_measures_planning_and_memory() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.distributed
+def test_parallel_clients_are_set_beside_one_process() -> None:
+    figures = last_line("parallel_clients.py")
+    rates = figures["clients_per_second"]
+    assert rates.keys() == {"clients_in_parallel", "one_process", "one_process_two_threads"}
+    assert all(rate > 0 for rate in rates.values())
+    ratio = rates["clients_in_parallel"] / rates["one_process"]
+    assert figures["vs_one_process"] == pytest.approx(ratio, rel=0.01)
+
+
+@pytest.mark.slow
 @needs_psutil
 def test_filter_memory_accounts_for_every_row() -> None:
     figures = last_line("filter_memory.py")
