@@ -107,10 +107,10 @@ class ShardedAdapter(FlatAdapter):
         """One vector of tensors that are split as the parameters are."""
         own = torch.zeros(sum(self._rooms), device=self.device)
         torch._foreach_copy_(self._filled(own, self._index), _local(tensors))
-        everyones = own.new_empty(self._num_ranks * len(own))
-        dist.all_gather_into_tensor(everyones, own, group=self._group)
+        everyones = [torch.empty_like(own) for _ in self._runs]
+        dist.all_gather(everyones, own, group=self._group)
         vector = self.empty()
-        for rank, part in enumerate(everyones.split(len(own))):
+        for rank, part in enumerate(everyones):
             torch._foreach_copy_(self._slices(vector, rank), self._filled(part, rank))
         return vector
 
