@@ -8,16 +8,21 @@ their sum.
 Keys and values may begin with those of a prefix that all samples share (a cache of it, computed
 once): every token then sees the prefix too.
 
+On a GPU in half precision one flash kernel takes all segments; elsewhere they go one by one.
+
 Shapes: H heads, T tokens of the pack, P tokens of the shared prefix, L tokens of one sample, D head
 size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.backends.cuda import is_flash_attention_available
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
@@ -25,6 +30,8 @@ PACKED = "fedsafe_packed"
 
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 """What some layers ask for beyond plain attention: capped scores, sinks, a bias."""
+_LARGEST_FLASH_HEAD = 256
+"""Numbers of a head that the flash kernel can take; they must be a multiple of 8."""
 
 
 @contextmanager
@@ -50,7 +57,7 @@ def packed_attention(
     *,
     dropout: float = 0.0,
     scaling: float | None = None,
-    segment_lengths: list[int] | None = None,
+    segment_lengths: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each segment of a packed row.
@@ -78,6 +85,7 @@ def packed_attention(
             "model.set_attn_implementation('sdpa') before generation or padded batches"
         )
     _refuse_unsupported(module, kwargs)
+    lengths = list(segment_lengths)
     window: int | None = kwargs.get("sliding_window")
     if key.shape[2] > query.shape[2]:
         if window is not None:
@@ -85,11 +93,119 @@ def packed_attention(
                 f"a shared prefix and a sliding window of {window} tokens do not go together; "
                 "leave the prefix uncached for this model"
             )
-        return _attend_with_prefix(query, key, value, segment_lengths, scaling), None
-    attended = _attend_within(
-        query, key, value, segment_lengths, window=window, dropout=dropout, scaling=scaling
+        with_prefix = _flash_with_prefix if _has_flash_kernel(query) else _attend_with_prefix
+        return with_prefix(query, key, value, lengths, scaling), None
+    within = _flash_within if _has_flash_kernel(query) else _attend_within
+    return within(query, key, value, lengths, window=window, dropout=dropout, scaling=scaling), None
+
+
+# ---- one kernel for all segments -----------------------------------------------------------------
+
+
+def _has_flash_kernel(query: Tensor) -> bool:
+    """Whether the kernel for segments of any length runs here; it knows half precision alone."""
+    return (
+        query.device.type == "cuda"
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] <= _LARGEST_FLASH_HEAD
+        and query.shape[-1] % 8 == 0
+        and is_flash_attention_available()
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
-    return attended, None
+
+
+def _flash_within(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segment_lengths: list[int],
+    *,
+    window: int | None,
+    dropout: float,
+    scaling: float | None,
+) -> Tensor:
+    """As `_attend_within`."""
+    ends, longest = _ends(tuple(segment_lengths), query.device), max(segment_lengths)
+    q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
+    return _flash_kernel(q, k, v, ends, ends, longest, longest, dropout, scaling, window)[None]
+
+
+def _flash_with_prefix(
+    query: Tensor, key: Tensor, value: Tensor, segment_lengths: list[int], scaling: float | None
+) -> Tensor:
+    """As `_attend_with_prefix`; the prefix is copied in front of each segment."""
+    prefix = key.shape[2] - query.shape[2]
+    lengths, longest, device = tuple(segment_lengths), max(segment_lengths), query.device
+    places = _places_behind_prefix(lengths, prefix, device)
+    ends = _ends(lengths, device)
+    ends_behind_prefix = _ends(tuple(prefix + length for length in lengths), device)
+    keys, values = (each[0].transpose(0, 1).index_select(0, places) for each in (key, value))
+    return _flash_kernel(
+        query[0].transpose(0, 1),
+        keys,
+        values,
+        ends,
+        ends_behind_prefix,
+        longest,
+        prefix + longest,
+        0.0,
+        scaling,
+        None,
+    )[None]
+
+
+def _flash_kernel(  # noqa: PLR0913
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_ends: Tensor,
+    key_ends: Tensor,
+    longest_query: int,
+    longest_key: int,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """Causal attention within segments, shape ``(T, H, D)``; the last query sees the last key.
+
+    `torch.nn.attention.varlen` is made of this operator too, with arguments that differ from one
+    version of torch to the next, and without dropout.
+    """
+    output: Tensor = torch.ops.aten._flash_attention_forward(
+        query,
+        key,
+        value,
+        query_ends,
+        key_ends,
+        longest_query,
+        longest_key,
+        dropout,
+        is_causal=True,
+        return_debug_mask=False,
+        scale=scaling,
+        window_size_left=None if window is None else window - 1,
+        window_size_right=None if window is None else 0,
+    )[0]
+    return output
+
+
+@lru_cache(maxsize=4)
+@torch.inference_mode(mode=False)  # validation's tensors would be of no use in training
+def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """0 and the end of each segment; copied to the device once for all layers."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+@lru_cache(maxsize=1)
+@torch.inference_mode(mode=False)
+def _places_behind_prefix(lengths: tuple[int, ...], prefix: int, device: torch.device) -> Tensor:
+    """Places of the prefix and the first segment, of the prefix and the second one, and so on."""
+    shared = torch.arange(prefix)
+    own = torch.arange(prefix, prefix + sum(lengths)).split(lengths)
+    return torch.cat([part for each in own for part in (shared, each)]).to(device)
+
+
+# ---- segment by segment --------------------------------------------------------------------------
 
 
 @without_cudnn()
@@ -212,4 +328,5 @@ def _window_mask(query: Tensor, window: int) -> Tensor:
 
 
 # No mask function is registered under this name: transformers then builds no mask at all.
-AttentionInterface.register(PACKED, packed_attention)
+# Compilers are kept out: they would make a graph for every list of lengths.
+AttentionInterface.register(PACKED, torch.compiler.disable(packed_attention))

@@ -25,6 +25,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from fedsafe.model.lora_linear import spare_casts
+
 _ROTARY = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 """Names that a configuration moves into its `rope_parameters`."""
 
@@ -120,6 +122,7 @@ def add_lora(
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
+    spare_casts(adapted)
     return adapted
 
 

@@ -1,5 +1,6 @@
 """`LoraLM`: a frozen causal language model with a LoRA adapter, as a LightningModule."""
 
+from collections import UserList
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -23,6 +24,7 @@ from fedsafe.evaluation.scores import BenchmarkScores
 from fedsafe.federated.schedule import Stream, derive_seed
 from fedsafe.model import attention as packed
 from fedsafe.model.adapter import adapter_scale, load_adapter
+from fedsafe.model.compilation import compile_layers
 from fedsafe.model.flat_adapter import FlatAdapter, WholeAdapter
 from fedsafe.model.identity import refuse_difference
 from fedsafe.model.learning_rate import (
@@ -32,10 +34,9 @@ from fedsafe.model.learning_rate import (
 )
 from fedsafe.model.lora import add_lora, load_base
 from fedsafe.model.objectives import (
-    dpo_loss,
-    dpo_margins,
     frozen_head_nll,
     nll,
+    preference_step,
     sft_loss,
     sums_per_sample,
 )
@@ -62,6 +63,8 @@ class LoraLM(LightningModule):
         quantize_4bit: Load the base in 4 bits (needs a CUDA device and the extra `quantization`).
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a
             third slower.
+        compile: Compile the parts of each layer with torch.compile: faster on a GPU after a minute
+            at the start, in which each is compiled.
         attention: `packed` attends within each sample of a pack; any other name is one of
             transformers' implementations, for models that need it (`eager`, `sdpa`,
             `flash_attention_2`, `flex_attention`).
@@ -86,6 +89,7 @@ class LoraLM(LightningModule):
         dtype: Literal["float32", "bfloat16"] = "float32",
         quantize_4bit: bool = False,
         gradient_checkpointing: bool = False,
+        compile: bool = False,
         attention: str = "packed",
         optimizer: Literal["adamw", "sgd"] = "adamw",
         learning_rate: float = 5e-5,
@@ -133,6 +137,8 @@ class LoraLM(LightningModule):
             base: Any = model.get_base_model()
             base.gradient_checkpointing_enable({"use_reentrant": False})
             base.disable_input_require_grads()  # the way of checkpointing that needs none
+        if hp.compile:
+            compile_layers(model)
         model.train()
         return model
 
@@ -226,7 +232,7 @@ class LoraLM(LightningModule):
         """
         nll_per_token = self.forward(batch)  # not self(batch): hooks count calls as steps
         if isinstance(batch, PreferenceBatch):
-            return _preference_step(nll_per_token, batch)
+            return preference_step(nll_per_token, batch)
         loss = sft_loss(nll_per_token, normalizer=batch.normalizer)
         if isinstance(batch, TrainingBatch):
             # gradients are averaged over accumulated batches and ranks; the normalizer counts all
@@ -364,7 +370,8 @@ class LoraLM(LightningModule):
             "use_cache": False,
         }
         if self.hparams["attention"] == "packed":
-            inputs["segment_lengths"] = batch.segment_lengths
+            # the compiler looks inside a list, and would compile anew for each one
+            inputs["segment_lengths"] = UserList(batch.segment_lengths)
         return inputs
 
     def _probe(self) -> bool:
@@ -384,17 +391,3 @@ class LoraLM(LightningModule):
             yield
         finally:
             self.peft_model.train(was_training)
-
-
-def _preference_step(nll_per_token: Tensor, batch: PreferenceBatch) -> dict[str, Tensor]:
-    logprobs = -sums_per_sample(nll_per_token, batch.target_counts).view(-1, 2)
-    reference = batch.reference.view(-1, 2)
-    chosen_nll = -logprobs[:, 0]
-    loss = dpo_loss(logprobs, reference, beta=batch.beta).sum() / batch.num_pairs
-    if batch.nll_weight > 0:
-        loss = loss + batch.nll_weight * sft_loss(chosen_nll, normalizer=batch.num_chosen_tokens)
-    return {
-        "loss": loss,
-        "nll_sum": chosen_nll.detach().sum(),
-        "num_preferred": (dpo_margins(logprobs.detach(), reference) > 0).sum(),
-    }

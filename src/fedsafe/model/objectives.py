@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedsafe.data.packing import PreferenceBatch
+
 BLOCK_ELEMENTS = {"cpu": 2**23, "cuda": 2**28}
 """Logits computed at a time, by device type: they should stay in cache on a CPU and fill a GPU."""
 
@@ -131,3 +133,23 @@ def dpo_loss(logprobs_P2: Tensor, reference_P2: Tensor, *, beta: float) -> Tenso
         beta: Strength of the pull to the reference, > 0.
     """
     return -nn.functional.logsigmoid(beta * dpo_margins(logprobs_P2, reference_P2))
+
+
+def preference_step(nll_per_token: Tensor, batch: PreferenceBatch) -> dict[str, Tensor]:
+    """A batch's part of a step on preferences; see `LoraLM.training_step`.
+
+    Args:
+        nll_per_token: Negative log-likelihood of each answer token, nats, shape ``(N,)``.
+        batch: The pairs.
+    """
+    logprobs = -sums_per_sample(nll_per_token, batch.target_counts).view(-1, 2)
+    reference = batch.reference.view(-1, 2)
+    chosen_nll = -logprobs[:, 0]
+    loss = dpo_loss(logprobs, reference, beta=batch.beta).sum() / batch.num_pairs
+    if batch.nll_weight > 0:
+        loss = loss + batch.nll_weight * sft_loss(chosen_nll, normalizer=batch.num_chosen_tokens)
+    return {
+        "loss": loss,
+        "nll_sum": chosen_nll.detach().sum(),
+        "num_preferred": (dpo_margins(logprobs.detach(), reference) > 0).sum(),
+    }
