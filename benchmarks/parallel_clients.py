@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/parallel_clients.py [--quick]
 
 The same federation under `ClientParallelStrategy` on two ranks, in one process with one thread, and
-in one process with two: 8 of 16 clients a round, whose visits are 10 steps x 8 conversations of a
+in one process with two: 8 of 16 clients a round, whose visits are 6 steps x 8 conversations of a
 Llama of 7 million parameters. Timed from the end of the first round to the end of the last, so that
 starting processes and loading the model are left out. The sides take turns; each figure is the
 median of 5.
@@ -44,7 +44,7 @@ class Size(NamedTuple):
     repeats: int
 
 
-FULL = Size(16, 8, local_steps=10, longest=256, num_rounds=2, repeats=5)
+FULL = Size(16, 8, local_steps=6, longest=256, num_rounds=2, repeats=5)
 QUICK = Size(4, 3, local_steps=2, longest=32, num_rounds=1, repeats=1)
 
 
