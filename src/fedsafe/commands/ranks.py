@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,6 +20,7 @@ def joined() -> Iterator[Peers]:
     """All ranks of the command, which find each other here; alone without torchrun.
 
     Each has a GPU of its own where there are any. What another than the first prints is not shown.
+    `cli` parts them again, for a process can join only once.
 
     Raises:
         ValueError: If there are fewer GPUs than ranks on this machine.
@@ -28,19 +29,17 @@ def joined() -> Iterator[Peers]:
     if size == 1:
         yield ALONE
         return
-    if torch.cuda.is_available():
-        _take_gpu(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count())
-    dist.init_process_group("gloo", timeout=PATIENCE)  # texts and numbers travel, no tensors
-    try:
-        peers = Peers(dist.get_rank(), size)
-        if peers.index == 0:
-            yield peers
-        else:
-            with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
-                yield peers
-        peers.wait()
-    finally:
-        dist.destroy_process_group()
+    if not dist.is_initialized():
+        if torch.cuda.is_available():
+            _take_gpu(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count())
+        dist.init_process_group("gloo", timeout=PATIENCE)  # texts and numbers travel, no tensors
+    peers = Peers(dist.get_rank(), size)
+    with ExitStack() as stack:
+        if peers.index > 0:
+            nowhere = stack.enter_context(Path(os.devnull).open("w"))
+            stack.enter_context(redirect_stdout(nowhere))
+        yield peers
+    peers.wait()
 
 
 def _take_gpu(number: int, num_gpus: int) -> None:
