@@ -69,6 +69,25 @@ def test_each_rank_holds_about_half(runs: Runs, case: str, when: str) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("rank", RANKS)
+def test_one_layer_at_a_time_is_whole(runs: Runs, rank: int, case: str) -> None:
+    assert runs.seen[rank][case]["layers"] == 1
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("rank", RANKS)
+def test_the_ranks_of_a_group_wait_as_long_as_they_are_told(runs: Runs, rank: int) -> None:
+    assert runs.seen[rank]["waited"] == 2 * 3600
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("rank", RANKS)
+def test_an_adapter_is_read_back_into_a_split_model(runs: Runs, rank: int) -> None:
+    assert runs.seen[rank]["reloaded"]
+
+
+@pytest.mark.distributed
 def test_the_optimizer_moves_to_a_whole_model_and_goes_on(runs: Runs) -> None:
     """A checkpoint that was written under FSDP2 resumes in one process."""
     seen = runs.seen[0]["llama"]["split"]

@@ -6,7 +6,9 @@ leaves `FOLDER/rank<n>.pt`: by case, what was seen of the whole model and of the
 """
 
 import copy
+import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,12 @@ from torch.distributed.tensor import DTensor
 from fedsafe.data.chat import ensure_chat_template
 from fedsafe.data.packing import Pack, pack
 from fedsafe.data.tokenizer import load_tokenizer
-from fedsafe.model.adapter import adapter_scale, save_adapter
+from fedsafe.model.adapter import adapter_scale, load_adapter, save_adapter
 from fedsafe.model.dialogues import Dialogues
 from fedsafe.model.generation import generate_answers
 from fedsafe.model.module import LoraLM
+from fedsafe.model.sharded_load import decoder_layers
+from fedsafe.strategies.layout import layout_of
 from fedsafe.strategies.sharded import ShardedStrategy
 
 _LLAMA = {
@@ -151,10 +155,43 @@ def trained(module: LoraLM) -> Seen:
     return seen | {"moments_later": adapter.optimizer_state(optimizer), "later": adapter.read()}
 
 
+def most_layers_at_once(module: LoraLM) -> int:
+    """Decoder layers that are whole on this rank while one of them is at work, at most."""
+    layers = decoder_layers(module.peft_model)
+    counts = []
+
+    def count(*_: Any) -> None:
+        first = [next(layer.parameters()) for layer in layers]
+        counts.append(sum(not isinstance(parameter, DTensor) for parameter in first))
+
+    handles = [layer.register_forward_hook(count, prepend=True) for layer in layers]
+    with torch.no_grad():
+        module(samples())
+    for handle in handles:
+        handle.remove()
+    return max(counts)
+
+
 def held(module: LoraLM) -> dict[str, int]:
     """Numbers of a model's parameters that are on this rank, and in all."""
     mine = sum(p.to_local().numel() for p in module.parameters() if isinstance(p, DTensor))
     return {"mine": mine, "all": sum(p.numel() for p in module.parameters())}
+
+
+def reloaded(module: LoraLM, folder: Path) -> bool:
+    """Whether an adapter is what it was, written to files and read back into other values."""
+    adapter = module.flat_adapter()
+    before = adapter.read()
+    save_adapter(module.peft_model, folder, tensors=adapter.named_views(before))
+    adapter.write(torch.zeros_like(before))
+    load_adapter(module.peft_model, folder, access=adapter)
+    return torch.equal(adapter.read(), before)
+
+
+def seconds_waited(module: LoraLM) -> float:
+    """How long the ranks of a group wait for one another."""
+    group: Any = layout_of(module.trainer.strategy).data.group
+    return float(group._get_backend(torch.device("cpu")).options._timeout.total_seconds())
 
 
 def refusal(settings: dict[str, Any], **strategy: Any) -> str:
@@ -171,20 +208,24 @@ def main(folder: Path, tiny_gpt2: str, tiny_llama: str) -> None:
     ensure_chat_template(tokenizer)
     found: dict[str, Any] = {}
     for case in CASES:
-        alone, parted = module_of(case, folders), split(module_of(case, folders))
+        alone, parted = module_of(case, folders), module_of(case, folders)
         alone.configure_model()
-        found[case] = {"held": held(parted), "whole": see(alone, tokenizer)}
-        found[case] |= {"split": see(parted, tokenizer), "held_later": held(parted)}
+        if os.environ["RANK"] != "0":  # it has no files of the base
+            parted.make_base = None  # type: ignore[assignment]
+        split(parted)
+        found[case] = {"held": held(parted), "layers": most_layers_at_once(parted)}
+        found[case] |= {"whole": see(alone, tokenizer), "split": see(parted, tokenizer)}
+        found[case]["held_later"] = held(parted)
         if case == "llama_folder":
-            adapter = parted.flat_adapter()
-            views = adapter.named_views(adapter.read())
-            save_adapter(parted.peft_model, folder / f"adapter{dist.get_rank()}", tensors=views)
+            found["reloaded"] = reloaded(parted, folder / f"adapter{dist.get_rank()}")
     llama = CASES["llama"]
     found["refusals"] = {
         "clients": refusal(llama, clients=3),
         "base": refusal({"base": "no/such/folder"}),
         "4bit": refusal({"base": tiny_llama, "quantize_4bit": True}),
     }
+    patient = LoraLM(**llama)
+    found["waited"] = seconds_waited(split(patient, timeout=timedelta(hours=2)))
     torch.save(found, folder / f"rank{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()

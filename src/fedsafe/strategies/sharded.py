@@ -5,11 +5,13 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from peft import PeftModel
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
@@ -72,13 +74,22 @@ class ShardedStrategy(LaidOut, ModelParallelStrategy):
                 f"{num_ranks}"
             )
         self._setup_distributed()
-        self._device_mesh = init_device_mesh(
+        ranks = torch.arange(num_ranks).view(self.clients, -1)
+        self._device_mesh = DeviceMesh.from_group(
+            [self._joined(ranks.t()), self._joined(ranks)],
             self.root_device.type,
-            (self.clients, num_ranks // self.clients),
+            mesh=ranks,
             mesh_dim_names=(_CLIENTS, _SHARDS),
         )
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh
+
+    def _joined(self, groups: Tensor) -> dist.ProcessGroup:
+        """Form groups, a row each; returns the one that this rank is in."""
+        # a mesh that forms its own gives them torch's time-out, in which no large base is loaded
+        own: dist.ProcessGroup
+        own, _ = dist.new_subgroups_by_enumeration(groups.tolist(), timeout=self._timeout)
+        return own
 
     @property
     def layout(self) -> Layout:
