@@ -22,17 +22,18 @@ from lightning.pytorch.strategies import DDPStrategy
 from fedsafe.strategies.sharded import ShardedStrategy
 
 sys.path.append(str(Path(__file__).parents[1] / "federated"))
-from ddp_cases import (  # found once its folder is known
-    CASES,
-    RESUMED,
-    federation_of,
-    finish,
-    resume,
-    start_and_stop,
-)
+import ddp_cases  # found once its folder is known
+from ddp_cases import RESUMED, federation_of, finish, resume, start_and_stop
 
-ONE_GROUP = ("fedavg", "scaffold", "fedprox", "accumulated", "clipped", "checkpointed", RESUMED)
-"""Cases of one client at a time."""
+CASES: dict[str, Callable[[], Any]] = {
+    **ddp_cases.CASES,
+    "mixed": lambda: {
+        "model": {"dtype": "bfloat16", "lora_dropout": 0.2},
+        "trainer": {"precision": "bf16-mixed", "accumulate_grad_batches": 2},
+    },
+}
+ONE_GROUP = ("fedavg", "scaffold", "fedprox", "accumulated", "clipped", "checkpointed", "mixed")
+"""Cases of one client at a time; `RESUMED` is another one."""
 GROUPS = ("fedavg", "scaffold")
 """Cases of two clients at a time."""
 EXCHANGES = ("updates", "sums")
@@ -75,7 +76,7 @@ def main(folder: Path, base: Path, path: Path) -> None:
     if NUM_RANKS == 4:
         run(folder / "four", "fedavg", base, path, groups("updates"))
     else:
-        for case in ONE_GROUP:
+        for case in (*ONE_GROUP, RESUMED):
             run(folder / "ddp", case, base, path, DDPStrategy)
             run(folder / "fsdp", case, base, path, ShardedStrategy)
         for case in GROUPS:

@@ -1,6 +1,7 @@
 """Federations whose base is split over ranks, against DDP and against one process."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,9 +11,10 @@ import torch
 from federations import write_conversations
 from ranks import run_ranks
 from round_rows import without_seconds
-from sharded_runs import GROUPS, ONE_GROUP
+from sharded_runs import GROUPS, ONE_GROUP, RESUMED, resume
 from torch import Tensor
 
+from fedsafe.federated.checkpoint import last_checkpoint
 from fedsafe.strategies.sharded import ShardedStrategy
 
 CLIPPED_APART = 1e-6
@@ -49,7 +51,7 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", [case for case in ONE_GROUP if case != "clipped"])
+@pytest.mark.parametrize("case", [*(each for each in ONE_GROUP if each != "clipped"), RESUMED])
 def test_fsdp_trains_bit_for_bit_what_ddp_trains(runs: Runs, case: str) -> None:
     ours, expected = (runs.folder / way / case for way in ("fsdp", "ddp"))
     assert torch.equal(adapter_of(ours), adapter_of(expected))
@@ -69,6 +71,20 @@ def test_clipping_differs_by_the_rounding_of_the_norm_alone(runs: Runs) -> None:
 def test_fsdp_trains_what_one_process_trains(runs: Runs, case: str) -> None:
     ours, expected = (adapter_of(runs.folder / way / case) for way in ("fsdp", "one"))
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("way", ["fsdp", "ddp"])
+def test_a_run_that_was_stopped_inside_a_visit_goes_on_in_one_process(
+    runs: Runs, tmp_path: Path, way: str
+) -> None:
+    """What two ranks remember of the adapter and the optimizer is what one process would."""
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copy(last_checkpoint(runs.folder / way / RESUMED), last_checkpoint(tmp_path))
+    resume(tmp_path, base=runs.base, path=runs.path, strategy=None)
+    torch.testing.assert_close(
+        adapter_of(tmp_path), adapter_of(runs.folder / "fsdp" / RESUMED), atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.distributed
