@@ -21,8 +21,8 @@ class ClientParallelStrategy(LaidOut, DDPStrategy):
         exchange: What ranks tell each other at a round's end: weighted `sums`, whose memory does
             not grow with the clients, or every client's update in turn (`updates`), which is
             bit-equal to one process where the sums all but always are.
-        timeout: How long a rank waits for the others, such as 0:30:00, before the run ends: longer
-            than the first to end a round waits for the last, or for validation on one rank.
+        timeout: How long a rank waits for the others, such as 0:30:00, before the run ends; give
+            more than the first to end a round ever waits for the last.
         process_group_backend: How ranks speak; None takes nccl on GPUs and gloo on CPUs.
     """
 
