@@ -1,4 +1,4 @@
-"""ZeRO on CPUs and gloo: DeepSpeed runs there, Lightning and our own check refuse to."""
+"""ZeRO on CPUs and gloo: DeepSpeed runs there, Lightning and our own strategy refuse to."""
 
 import torch
 from lightning.fabric.utilities.seed import reset_seed
@@ -9,9 +9,6 @@ from fedsafe.strategies.zero import ZeroStrategy
 
 class CPUZeroStrategy(ZeroStrategy):
     """See the module."""
-
-    def _check_gpu(self) -> None:
-        """CPUs will do."""
 
     def setup_environment(self) -> None:
         """As under DDP."""

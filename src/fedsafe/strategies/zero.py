@@ -82,7 +82,7 @@ class ZeroStrategy(LaidOut, DeepSpeedStrategy):
         process_group_backend: How ranks speak; None takes nccl.
 
     Raises:
-        ValueError: If DeepSpeed or a CUDA device is missing, or the parameters cannot be offloaded.
+        ValueError: If DeepSpeed is missing, or parameters are to be offloaded that are not split.
     """
 
     def __init__(
@@ -100,20 +100,12 @@ class ZeroStrategy(LaidOut, DeepSpeedStrategy):
             )
         if find_spec("deepspeed") is None:
             raise ValueError("ZeRO needs DeepSpeed; pip install deepspeed")
-        self._check_gpu()
         self.stage = stage
         super().__init__(
             config=_settings(stage, offload, prefetch_elements),
             timeout=timeout,
             process_group_backend=process_group_backend,
         )
-
-    def _check_gpu(self) -> None:
-        if not torch.cuda.is_available():
-            raise ValueError(
-                "ZeRO needs a CUDA device and none is visible; take configs/strategy/ddp.yaml or "
-                "clients.yaml on CPUs"
-            )
 
     # ---- who does what ---------------------------------------------------------------------------
 
@@ -168,10 +160,15 @@ class ZeroStrategy(LaidOut, DeepSpeedStrategy):
         super().connect(model)
 
     def setup_environment(self) -> None:
-        """Refuse other devices in our words."""
+        """Refuse other devices in our words, before anything is loaded."""
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "ZeRO needs a CUDA device and none is visible; take configs/strategy/ddp.yaml or "
+                "clients.yaml on CPUs"
+            )
         if not isinstance(self.accelerator, CUDAAccelerator):
             raise ValueError(
-                f"ZeRO runs on CUDA devices and the Trainer has {type(self.accelerator).__name__}; "
+                f"ZeRO needs CUDA devices and the Trainer has a {type(self.accelerator).__name__}; "
                 "give --trainer.accelerator cuda, or take configs/strategy/ddp.yaml"
             )
         super().setup_environment()

@@ -1,0 +1,129 @@
+"""Small federations under ZeRO: cases of `tests/federated/ddp_cases.py`, and some more.
+
+    python -m torch.distributed.run --nproc_per_node=2 zero_runs.py FOLDER BASE CONVERSATIONS
+
+leaves `FOLDER/<way>/<case>/`; the ways are ddp, zero1, zero2 and zero3.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from cpu_zero import CPUZeroStrategy
+from federations import Federation
+from lightning.pytorch.strategies import DDPStrategy
+
+from fedsafe.data.augmentation import CaiAugmentation
+from fedsafe.federated.checkpoint import RoundCheckpoint, last_checkpoint
+from fedsafe.federated.client_drift import FedProx, Scaffold
+from fedsafe.federated.constitutional_training import ConstitutionalTraining
+from fedsafe.model.adapter import save_adapter
+
+sys.path.append(str(Path(__file__).parents[1] / "federated"))
+from ddp_cases import (  # found once its folder is known
+    RESUMED,
+    federation_of,
+    finish,
+    resume,
+    start_and_stop,
+)
+
+Strategy = Callable[[], Any]
+Settings = dict[str, Any]
+
+WAYS: dict[str, Strategy] = {
+    "ddp": DDPStrategy,
+    **{f"zero{stage}": partial(CPUZeroStrategy, stage=stage) for stage in (1, 2, 3)},
+}
+OFFLOADED: dict[str, Strategy] = {
+    "zero1": partial(CPUZeroStrategy, stage=1, offload="optimizer"),
+    "zero2": partial(CPUZeroStrategy, stage=2, offload="optimizer"),
+    "zero3": partial(CPUZeroStrategy, stage=3, offload="parameters"),
+}
+THREE_BY_THREE: Settings = {"clients_per_round": 3}
+
+CASES: dict[str, Callable[[], Settings]] = {
+    "fedavg": lambda: {"rounds": {**THREE_BY_THREE}},
+    "scaffold": lambda: {"rounds": {**THREE_BY_THREE, "client_drift": Scaffold()}},
+    "fedprox": lambda: {"rounds": {**THREE_BY_THREE, "client_drift": FedProx(mu=0.5)}},
+    "mixed": lambda: {"trainer": {"precision": "bf16-mixed"}},
+    "checkpointed": lambda: {"model": {"gradient_checkpointing": True}},
+    "accumulated": lambda: {"trainer": {"accumulate_grad_batches": 2}},
+    "clipped": lambda: {
+        "rounds": {"client_drift": Scaffold()},
+        "trainer": {"gradient_clip_val": 0.01},
+    },
+}
+"""Settings by name; each call makes new objects."""
+SERVED = "served"
+"""A server visit, whose steps have two parts a rank."""
+PAIRS = "pairs.jsonl"
+
+
+def served(folder: Path) -> Settings:
+    cai = CaiAugmentation(pairs=str(folder / PAIRS), batch_size=4)
+    rules = ConstitutionalTraining(iterations=3, sft_learning_rate=1e-3, dpo_learning_rate=1e-3)
+    return {
+        "data": {"cai": cai},
+        "rounds": {"cai": rules},
+        "trainer": {"accumulate_grad_batches": 2},
+    }
+
+
+def run_all(folder: Path, base: Path, path: Path) -> None:
+    for way, strategy in WAYS.items():
+        for case, settings in CASES.items():
+            run(folder / way / case, settings(), base, path, strategy)
+        run(folder / way / SERVED, served(folder), base, path, strategy)
+        resumed = folder / way / RESUMED
+        start_and_stop(resumed, base=base, path=path, strategy=strategy)
+        resume(resumed, base=base, path=path, strategy=strategy)
+    for way, strategy in OFFLOADED.items():
+        for case in ("fedavg", "clipped"):
+            run(folder / f"{way}-offload" / case, CASES[case](), base, path, strategy)
+
+
+def run(
+    folder: Path, settings: Settings, base: Path, path: Path, strategy: Strategy | None
+) -> None:
+    settings["trainer"] = {"max_epochs": 3, **settings.get("trainer", {})}
+    save = RoundCheckpoint()
+    done = federation_of(folder, settings, base, path, strategy, callbacks=(save,)).fit()
+    finish(done)
+    if folder.name == "fedavg" and strategy is not None:
+        measure(done, settings, base, path, strategy)
+        note_refusal(done)
+
+
+def measure(
+    done: Federation, settings: Settings, base: Path, path: Path, strategy: Strategy
+) -> None:
+    """Validate the checkpoint of a run in a new Trainer, with a model of its own."""
+    settings = {**settings, "data": {"validation_share": 0.3}}
+    fresh = federation_of(done.folder / "measured", settings, base, path, strategy)
+    [measured] = fresh.trainer.validate(
+        fresh.module, datamodule=fresh.data, ckpt_path=last_checkpoint(done.folder), verbose=False
+    )
+    if done.trainer.is_global_zero:
+        (done.folder / "measured.json").write_text(json.dumps(measured))
+
+
+def note_refusal(done: Federation) -> None:
+    """What is said when an adapter is saved without gathering it."""
+    if done.trainer.is_global_zero:
+        try:
+            save_adapter(done.module.peft_model, done.folder / "by-hand")
+        except ValueError as error:
+            (done.folder / "refusal.txt").write_text(str(error))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run_all(*map(Path, sys.argv[1:4]))
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,77 @@
+"""What a model does that ZeRO-3 splits over two ranks, against the same model whole."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import STAND_INS, run_ranks
+from sharded_models import CASES
+from torch import Tensor
+
+pytestmark = pytest.mark.distributed
+
+Found = list[dict[str, Any]]
+LOOKS = (
+    "parameters",
+    "buffers",
+    "adapter",
+    "logprobs",
+    "logprobs_of_the_base",
+    "logprobs_at_half",
+    "greedy",
+    "sampled",
+    "first",
+    "second",
+    "trained",
+)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory, tiny_gpt2: Path, tiny_llama: Path) -> Found:
+    """What each of two ranks found."""
+    folder = tmp_path_factory.mktemp("zero-models")
+    script = STAND_INS / "zero_models.py"
+    run_ranks(script, folder, tiny_gpt2, tiny_llama, timeout_seconds=900)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    """Equal, tensors bit for bit."""
+    if isinstance(theirs, Mapping):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert_same(ours[name], value)
+    elif isinstance(theirs, Tensor):
+        assert torch.equal(ours, theirs)
+    else:
+        assert ours == theirs
+
+
+@pytest.mark.timeout(1000)
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("case", CASES)
+def test_a_split_model_is_and_does_what_the_whole_one_does(
+    found: Found, case: str, look: str
+) -> None:
+    for rank in found:
+        assert_same(rank[case]["split"][look], rank[case]["whole"][look])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_rank_ever_holds_the_base(found: Found, case: str) -> None:
+    for rank in found:
+        held = rank[case]["held"]
+        assert held["at_rest"] == 0
+        assert held["parts"] == pytest.approx(held["all"] / 2, rel=1e-2)
+        assert 0 < held["most"] < held["all"] / 2
+
+
+def test_one_rank_alone_reads_the_base(found: Found) -> None:
+    assert [rank["loads"] for rank in found] == [1, 0]
+
+
+def test_training_moved_the_adapter(found: Found) -> None:
+    seen = found[0]["llama"]["split"]
+    assert not torch.allclose(seen["trained"], seen["adapter"], atol=1e-3)
