@@ -97,3 +97,47 @@ def test_an_interrupt_exits_with_130(command, capsys: Captured, name: str, how: 
     command(KeyboardInterrupt())
     assert main([name]) == 130
     assert capsys.readouterr().err == f"\nfedsafe {name} was interrupted{how}\n"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4711\nand more",
+        "Timed out waiting 60000ms for recv operation to complete",
+        "NCCL communicator was aborted on rank 1.",
+    ],
+    ids=["closed", "timed out", "nccl"],
+)
+def test_the_loss_of_a_rank_is_one_line_that_says_how_to_go_on(
+    command, capsys: Captured, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    command(RuntimeError(said))
+    assert main(["table"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"fedsafe table (rank 1): another rank is gone ({said.splitlines()[0]})")
+    assert "--ckpt_path last" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("world_size", "said"), [("1", "Connection closed by peer"), ("2", "shapes do not match")]
+)
+def test_other_runtime_errors_keep_their_trace(
+    command, monkeypatch: pytest.MonkeyPatch, world_size: str, said: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    command(RuntimeError(said))
+    with pytest.raises(RuntimeError, match=said):
+        main(["table"])
+
+
+def test_errors_name_the_rank_unless_it_is_the_first(
+    command, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command(ValueError("rank is 0"))
+    for rank, named in (("0", ""), ("3", " (rank 3)")):
+        monkeypatch.setenv("RANK", rank)
+        main(["table"])
+        assert capsys.readouterr().err == f"fedsafe table{named}: rank is 0\n"

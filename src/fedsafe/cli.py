@@ -33,6 +33,9 @@ GO_ON = {
 }
 """How to go on after Ctrl-C, where a command can."""
 
+LOST = "; look above for its own words, then go on with --ckpt_path last, where a command has it"
+_SIGNS_OF_LOSS = ("Connection closed by peer", "Connection reset by peer", "Timed out", "NCCL")
+
 INTERRUPTED = 130
 """The exit status that shells give a command ended by Ctrl-C."""
 
@@ -72,6 +75,12 @@ def _run(name: str, arguments: list[str]) -> int:
             raise
         sys.stderr.write(f"fedsafe {name}{_rank()}: {error}\n")
         return 1
+    except RuntimeError as error:
+        if os.environ.get("FEDSAFE_DEBUG") or not _is_loss_of_a_rank(error):
+            raise
+        line = str(error).strip().splitlines()[0]
+        sys.stderr.write(f"fedsafe {name}{_rank()}: another rank is gone ({line}){LOST}\n")
+        return 1
     finally:
         _leave_the_other_ranks()
     return 0
@@ -81,6 +90,12 @@ def _rank() -> str:
     """Says which of several processes failed, but for the first."""
     rank = os.environ.get("RANK", "0")
     return f" (rank {rank})" if rank != "0" else ""
+
+
+def _is_loss_of_a_rank(error: RuntimeError) -> bool:
+    """Whether torch says that a process of this run does not answer any more."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return several and any(sign in str(error) for sign in _SIGNS_OF_LOSS)
 
 
 def _leave_the_other_ranks() -> None:
