@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from lightning.pytorch.callbacks import (
@@ -12,10 +12,14 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 
+from fedsafe.federated import trainer_settings
+from fedsafe.federated.checkpoint import RoundCheckpoint
 from fedsafe.federated.client_drift import Scaffold
-from fedsafe.federated.rounds import FederatedRounds
-from fedsafe.federated.trainer_settings import check_one_process
+from fedsafe.federated.trainer_settings import check_trainer
+from fedsafe.peers import Peers
+from fedsafe.strategies.layout import Layout, layout_of
 
 FederationMaker = Callable[..., Any]
 
@@ -126,13 +130,25 @@ def test_samples_that_the_model_cannot_read_are_refused(
         run.fit()
 
 
-def test_a_measuring_trainer_has_one_process() -> None:
-    check_one_process(SimpleNamespace(world_size=1))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"has 2 processes, .* give --trainer.devices 1"):
-        check_one_process(SimpleNamespace(world_size=2))  # type: ignore[arg-type]
+class UnknownStrategy(SingleDeviceStrategy):
+    """One that fedsafe has not heard of."""
 
 
-@pytest.mark.parametrize("stage", ["validate", "test"])
-def test_rounds_refuse_to_measure_in_several_processes(stage: str) -> None:
-    with pytest.raises(ValueError, match="the Trainer has 2 processes"):
-        FederatedRounds().setup(SimpleNamespace(world_size=2), None, stage)  # type: ignore[arg-type]
+def test_a_strategy_whose_adapter_cannot_be_read_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"cannot run under FSDPStrategy, .*configs/strategy: ddp"):
+        layout_of(FSDPStrategy())
+
+
+def test_a_subclass_of_one_device_is_one_device() -> None:
+    assert layout_of(UnknownStrategy("cpu")) == Layout()
+
+
+def test_ranks_apart_refuse_checkpoints_inside_rounds_before_anything_is_trained(
+    federation: FederationMaker,
+) -> None:
+    run = federation(callbacks=(RoundCheckpoint(every_n_steps=5),))
+    with (
+        patch.object(trainer_settings, "layout_of", lambda _: Layout(clients=Peers(0, 2))),
+        pytest.raises(ValueError, match=r"every_n_steps is 5, but ranks that train different"),
+    ):
+        check_trainer(run.trainer)

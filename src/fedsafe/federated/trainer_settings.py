@@ -8,6 +8,9 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 
+from fedsafe.federated.checkpoint import RoundCheckpoint
+from fedsafe.strategies.layout import layout_of
+
 _NEEDED: dict[str, tuple[int | float, str]] = {
     "reload_dataloaders_every_n_epochs": (1, "each would train on the batches of the first"),
     "limit_train_batches": (1.0, "visits would be cut short"),
@@ -38,7 +41,13 @@ def check_trainer(trainer: Trainer, *, corrects_gradients: bool = False) -> None
             raise ValueError(
                 f"Trainer({name}={given!r}): rounds need {name}={value!r}, otherwise {consequence}"
             )
+    apart = layout_of(trainer.strategy).clients.size > 1
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if apart and isinstance(callback, RoundCheckpoint) and callback.every_n_steps is not None:
+            raise ValueError(
+                f"checkpoint.every_n_steps is {callback.every_n_steps}, but ranks that train "
+                "different clients are checkpointed between rounds alone; leave it out"
+            )
         if isinstance(callback, Timer):
             raise ValueError(
                 "rounds cannot run with max_time or a Timer, which would end the run inside a "
