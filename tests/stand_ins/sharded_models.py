@@ -26,6 +26,7 @@ from fedsafe.model.adapter import adapter_scale, load_adapter, save_adapter
 from fedsafe.model.dialogues import Dialogues
 from fedsafe.model.generation import generate_answers
 from fedsafe.model.module import LoraLM
+from fedsafe.model.sharded_adapter import ShardedAdapter
 from fedsafe.model.sharded_load import decoder_layers
 from fedsafe.strategies.layout import layout_of
 from fedsafe.strategies.sharded import ShardedStrategy
@@ -144,6 +145,8 @@ def spoken(module: LoraLM, tokenizer: Any) -> Seen:
 def trained(module: LoraLM) -> Seen:
     """Two optimizer steps, and what the optimizer remembers, twice as large the second time."""
     adapter, optimizer = module.flat_adapter(), module.configure_optimizers()
+    for group in optimizer.param_groups:
+        group["foreach"] = isinstance(adapter, ShardedAdapter)  # as ShardedStrategy has it
     for factor in (1.0, 2.0):
         adapter.write_gradient(factor * adapter.read_gradient())
         optimizer.step()
