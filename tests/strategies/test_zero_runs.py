@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from federations import write_conversations
 from peft import PeftModel
 from ranks import STAND_INS, run_ranks
 from torch import Tensor
@@ -38,8 +39,10 @@ class Runs(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, tiny_gpt2: Path, conversations: Path) -> Runs:
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_gpt2: Path) -> Runs:
     folder = tmp_path_factory.mktemp("zero")
+    path = folder / "conversations.jsonl"
+    write_conversations(path)
     words = ("red", "blue", "green", "cat", "dog", "sun", "moon")
     rows = [
         {"prompt": f"{a} {b}", "chosen": f"no {a}", "rejected": f"take the {b} {a}"}
@@ -48,8 +51,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_gpt2: Path, conversation
     ]
     (folder / PAIRS).write_text("".join(json.dumps(row) + "\n" for row in rows))
     script = STAND_INS / "zero_runs.py"
-    run_ranks(script, folder, tiny_gpt2, conversations, timeout_seconds=900)
-    return Runs(folder, tiny_gpt2, conversations)
+    run_ranks(script, folder, tiny_gpt2, path, timeout_seconds=900)
+    return Runs(folder, tiny_gpt2, path)
 
 
 @pytest.mark.timeout(1000)
