@@ -77,6 +77,13 @@ def test_one_layer_at_a_time_is_whole(runs: Runs, rank: int, case: str) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("rank", RANKS)
+def test_what_is_to_be_compiled_is_so_on_every_rank(runs: Runs, rank: int) -> None:
+    assert runs.seen[rank]["llama_compiled"]["compiled"]
+    assert not runs.seen[rank]["llama"]["compiled"]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("rank", RANKS)
 def test_the_ranks_of_a_group_wait_as_long_as_they_are_told(runs: Runs, rank: int) -> None:
     assert runs.seen[rank]["waited"] == 2 * 3600
 

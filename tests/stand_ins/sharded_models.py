@@ -9,6 +9,7 @@ import copy
 import os
 import sys
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from lightning import Trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+import fedsafe.model.module as module_file
 from fedsafe.data.chat import ensure_chat_template
 from fedsafe.data.packing import Pack, pack
 from fedsafe.data.tokenizer import load_tokenizer
 from fedsafe.model.adapter import adapter_scale, load_adapter, save_adapter
+from fedsafe.model.compilation import compile_layers
 from fedsafe.model.dialogues import Dialogues
 from fedsafe.model.generation import generate_answers
 from fedsafe.model.module import LoraLM
@@ -51,6 +54,7 @@ CASES: dict[str, dict[str, Any]] = {
     "llama_bfloat16": {"base": "llama", "from_config": _LLAMA, "dtype": "bfloat16"},
     "llama_recomputed": {"base": "llama", "from_config": _LLAMA, "gradient_checkpointing": True},
     "gpt2_recomputed": {"base": "gpt2", "from_config": _GPT2, "gradient_checkpointing": True},
+    "llama_compiled": {"base": "llama", "from_config": _LLAMA, "compile": True},
     "gpt2_folder": {"base": "TINY_GPT2"},
     "llama_folder": {"base": "TINY_LLAMA"},
     "odd_sizes": {"base": "llama", "from_config": _LLAMA | {"vocab_size": 131}, "rank": 1},
@@ -207,6 +211,7 @@ def refusal(settings: dict[str, Any], **strategy: Any) -> str:
 
 def main(folder: Path, tiny_gpt2: str, tiny_llama: str) -> None:
     folders = {"TINY_GPT2": tiny_gpt2, "TINY_LLAMA": tiny_llama}
+    module_file.compile_layers = partial(compile_layers, backend="eager")  # without a compiler
     tokenizer = load_tokenizer(tiny_gpt2)
     ensure_chat_template(tokenizer)
     found: dict[str, Any] = {}
@@ -219,6 +224,7 @@ def main(folder: Path, tiny_gpt2: str, tiny_llama: str) -> None:
         found[case] = {"held": held(parted), "layers": most_layers_at_once(parted)}
         found[case] |= {"whole": see(alone, tokenizer), "split": see(parted, tokenizer)}
         found[case]["held_later"] = held(parted)
+        found[case]["compiled"] = any(m._compiled_call_impl for m in parted.modules())
         if case == "llama_folder":
             found["reloaded"] = reloaded(parted, folder / f"adapter{dist.get_rank()}")
     llama = CASES["llama"]

@@ -120,8 +120,11 @@ class LoraLM(LightningModule):
 
     def configure_model(self) -> None:
         """Build the frozen base and the adapter, once, as the strategy keeps them."""
-        if self.model is None:
-            self.model = layout.built_under(self._strategy, self._make_model)
+        if self.model is not None:
+            return
+        self.model = layout.built_under(self._strategy, self._make_model)
+        if self.hparams["compile"]:  # once it is built, as a strategy may send it to other ranks
+            compile_layers(self.model)
 
     def _make_model(self) -> PeftModel:
         hp: Any = self.hparams
@@ -137,8 +140,6 @@ class LoraLM(LightningModule):
             base: Any = model.get_base_model()
             base.gradient_checkpointing_enable({"use_reentrant": False})
             base.disable_input_require_grads()  # the way of checkpointing that needs none
-        if hp.compile:
-            compile_layers(model)
         model.train()
         return model
 

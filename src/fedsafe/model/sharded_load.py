@@ -125,7 +125,7 @@ def _fill(model: PeftModel, values: dict[str, Tensor], device: torch.device) -> 
         assert isinstance(parameter, DTensor)
         whole = values.pop(name, None)
         if whole is None:
-            whole = torch.empty(parameter.shape, dtype=parameter.dtype)
+            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
         parts = distribute_tensor(
             whole.to(device), parameter.device_mesh, parameter.placements, src_data_rank=0
         )
