@@ -8,6 +8,7 @@ leaves `FOLDER/<way>/<case>/`; the ways are ddp, zero1, zero2 and zero3.
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from cpu_zero import CPUZeroStrategy
 from federations import Federation
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
 from fedsafe.data.augmentation import CaiAugmentation
@@ -23,6 +25,9 @@ from fedsafe.federated.checkpoint import RoundCheckpoint, last_checkpoint
 from fedsafe.federated.client_drift import FedProx, Scaffold
 from fedsafe.federated.constitutional_training import ConstitutionalTraining
 from fedsafe.model.adapter import save_adapter
+from fedsafe.model.generation import generate_answers
+from fedsafe.model.module import LoraLM
+from fedsafe.types import Turn
 
 sys.path.append(str(Path(__file__).parents[1] / "federated"))
 from ddp_cases import (  # found once its folder is known
@@ -98,19 +103,46 @@ def run(
     if folder.name == "fedavg" and strategy is not None:
         measure(done, settings, base, path, strategy)
         note_refusal(done)
+        train_again(done, base, path, strategy)
 
 
 def measure(
     done: Federation, settings: Settings, base: Path, path: Path, strategy: Strategy
 ) -> None:
-    """Validate the checkpoint of a run in a new Trainer, with a model of its own."""
+    """Validate the checkpoint of a run, and test its adapter's files, with models of their own."""
     settings = {**settings, "data": {"validation_share": 0.3}}
-    fresh = federation_of(done.folder / "measured", settings, base, path, strategy)
-    [measured] = fresh.trainer.validate(
+    make = partial(federation_of, settings=settings, base=base, path=path, strategy=strategy)
+    speak = Speak()
+    fresh = make(done.folder / "validated", callbacks=(speak,))
+    found: dict[str, Any] = {"said": speak.said}
+    found["validated"] = fresh.trainer.validate(
         fresh.module, datamodule=fresh.data, ckpt_path=last_checkpoint(done.folder), verbose=False
     )
+    settings["data"] = {"test_path": str(path)}
+    fresh = make(done.folder / "tested")
+    fresh.module.adapter_folder = done.folder / "adapter"
+    found["tested"] = fresh.trainer.test(fresh.module, datamodule=fresh.data, verbose=False)
     if done.trainer.is_global_zero:
-        (done.folder / "measured.json").write_text(json.dumps(measured))
+        (done.folder / "measured.json").write_text(json.dumps(found))
+
+
+class Speak(Callback):
+    """Lets the model answer when it is not trained."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, LoraLM)
+        asked = [[Turn(role="user", content=text)] for text in ("hi", "sun and moon")]
+        tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        self.said += generate_answers(pl_module.peft_model, tokenizer, asked, max_new_tokens=5)
+
+
+def train_again(done: Federation, base: Path, path: Path, strategy: Strategy) -> None:
+    """Train the model of a run that is over once more, in a new Trainer."""
+    more = federation_of(done.folder / "more", {}, base, path, strategy)
+    finish(replace(more, module=done.module).fit())
 
 
 def note_refusal(done: Federation) -> None:

@@ -10,7 +10,7 @@ from ranks import STAND_INS, run_ranks
 from sharded_models import CASES
 from torch import Tensor
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 Found = list[dict[str, Any]]
 LOOKS = (

@@ -20,7 +20,7 @@ sys.path.append(str(STAND_INS.parent / "federated"))
 from ddp_cases import RESUMED, resume  # found once its folder is known
 from zero_runs import CASES, PAIRS, SERVED, run
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 STAGES = ("zero1", "zero2", "zero3")
 EXACT = ("fedavg", "scaffold", "fedprox", "mixed", "checkpointed", RESUMED)
@@ -116,13 +116,22 @@ def test_a_run_that_zero_began_goes_on_in_one_process(
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_checkpoint_is_validated_as_under_ddp(runs: Runs, stage: str) -> None:
+def test_a_run_is_measured_as_under_ddp(runs: Runs, stage: str) -> None:
+    """Its checkpoint by `validate`, the files of its adapter by `test`; answers are the same."""
     ours, theirs = (
         json.loads((runs.folder / way / "fedavg" / "measured.json").read_text())
         for way in (stage, "ddp")
     )
     assert ours == theirs
-    assert set(ours) == {"val/loss"}
+    assert len(ours["said"]) == 2
+    assert set(ours["validated"][0]) == {"val/loss"}
+    assert set(ours["tested"][0]) == {"test/loss"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_model_is_trained_by_one_trainer_after_another(runs: Runs, stage: str) -> None:
+    ours, theirs = runs.adapter(stage, "fedavg/more"), runs.adapter("ddp", "fedavg/more")
+    assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("stage", STAGES)

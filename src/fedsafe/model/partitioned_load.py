@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
 from fedsafe.model.sharded_load import decoder_layers, receive_skeleton
 from fedsafe.peers import Peers
@@ -48,17 +49,22 @@ def build_partitioned(
         del value
         zero.Init(module=nn.ParameterList([split[parameter]]), config_dict_or_path=settings)
     _replace(model, split)
-    layers = decoder_layers(model)
-    for layer in layers:  # each comes together, and its gradients leave, at once
+    for layer in decoder_layers(model):  # each comes together, and its gradients leave, at once
         set_z3_leaf_module(layer, True)
-    layers[0].register_forward_pre_hook(_require_gradient)
     return model
 
 
-def _require_gradient(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """DeepSpeed takes a layer's gradients away when that of its input is there: have one."""
-    if torch.is_grad_enabled():
-        inputs[0].requires_grad_()
+def require_gradients(model: nn.Module) -> RemovableHandle:
+    """Let the input of the first layer have a gradient, until the handle is removed.
+
+    DeepSpeed takes a layer's gradients away when that of its input is there.
+    """
+
+    def require(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if torch.is_grad_enabled():
+            inputs[0].requires_grad_()
+
+    return decoder_layers(model)[0].register_forward_pre_hook(require, prepend=True)
 
 
 @contextmanager

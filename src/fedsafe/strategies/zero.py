@@ -26,7 +26,11 @@ from torch import Tensor, nn
 
 from fedsafe.model.flat_adapter import FlatAdapter, WholeAdapter
 from fedsafe.model.partitioned_adapter import FullyPartitionedAdapter, PartlyPartitionedAdapter
-from fedsafe.model.partitioned_load import build_partitioned, drops_frozen_weights
+from fedsafe.model.partitioned_load import (
+    build_partitioned,
+    drops_frozen_weights,
+    require_gradients,
+)
 from fedsafe.peers import ALONE, Peers
 from fedsafe.strategies.layout import LaidOut, Layout
 
@@ -201,8 +205,17 @@ class ZeroStrategy(LaidOut, DeepSpeedStrategy):
         super().setup(trainer)
         if self.stage == 3:
             _name_direct_uses(model)
+            self._requirement = require_gradients(model)
         if self.optimizers:
             self.deepspeed_engine.set_gradient_accumulation_boundary(True)
+
+    def teardown(self) -> None:
+        """Take DeepSpeed's hooks off the model, so that another Trainer can train it."""
+        if self.model is not self.lightning_module:  # there is an engine
+            self.deepspeed_engine.destroy()
+            if self.stage == 3:
+                self._requirement.remove()
+        super().teardown()
 
     @property
     def _config(self) -> dict[str, Any]:
