@@ -17,13 +17,14 @@ import torch.distributed as dist
 from cpu_zero import CPUZeroStrategy
 from deepspeed import zero
 from lightning import Callback, LightningModule, Trainer
-from sharded_models import CASES, Seen, module_of, samples, spoken
+from sharded_models import _LLAMA, CASES, Seen, module_of, samples, spoken
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fedsafe.data.chat import ensure_chat_template
 from fedsafe.data.packing import TrainingBatch
 from fedsafe.data.tokenizer import load_tokenizer
+from fedsafe.federated.client_drift import Scaffold
 from fedsafe.federated.local_training import train_client
 from fedsafe.federated.schedule import BatchKey
 from fedsafe.model import module as model_module
@@ -32,6 +33,8 @@ from fedsafe.model.module import LoraLM
 from fedsafe.model.sharded_load import decoder_layers
 
 NUM_STEPS = 3
+PADDED = {"base": "llama", "from_config": _LLAMA | {"intermediate_size": 47}, "rank": 1}
+"""Tensors with odd numbers of values, which two ranks cannot halve."""
 
 
 def batches() -> list[TrainingBatch]:
@@ -105,17 +108,18 @@ class Look(Callback):
         }
 
 
-def train_split(module: LoraLM, look: Look) -> Tensor:
+def train_split(module: LoraLM, *callbacks: Callback, stage: Any = 3, **given: Any) -> Tensor:
     settings = {
         "accelerator": "cpu",
         "devices": 2,
-        "strategy": CPUZeroStrategy(stage=3, prefetch_elements=0),
-        "callbacks": [look],
+        "strategy": CPUZeroStrategy(stage=stage, prefetch_elements=0),
+        "callbacks": [*callbacks],
     }
     built = LoraLM(**module.hparams)
     built.configure_model()
     loader: Any = DataLoader(batches(), batch_size=None)  # type: ignore[arg-type]
-    update = train_client(module, loader, start=start_of(built), trainer_settings=settings)
+    start = start_of(built)
+    update = train_client(module, loader, start=start, trainer_settings=settings, **given)
     return update.adapter
 
 
@@ -147,10 +151,21 @@ def main(folder: Path, tiny_gpt2: str, tiny_llama: str) -> None:
             "whole": {**fresh, **see(alone, tokenizer), "trained": train_whole(alone)},
             "split": {**look.seen, "trained": trained},
         }
+    found["padded"] = train_padded()
     found["loads"] = count_loads(module_of("llama_folder", folders))
     torch.save(found, folder / f"rank{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def train_padded() -> dict[str, Tensor]:
+    """By stage and without, an adapter after steps whose gradients a correction has read."""
+    alone = LoraLM(**PADDED)
+    alone.configure_model()
+    found = {"whole": train_whole(alone)}
+    for stage in (1, 2, 3):
+        found[f"zero{stage}"] = train_split(LoraLM(**PADDED), stage=stage, drift=Scaffold())
+    return found
 
 
 def count_loads(module: LoraLM) -> int:

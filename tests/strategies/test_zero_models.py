@@ -72,6 +72,15 @@ def test_one_rank_alone_reads_the_base(found: Found) -> None:
     assert [rank["loads"] for rank in found] == [1, 0]
 
 
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
+def test_tensors_that_ranks_cannot_halve_are_read_and_written_whole(
+    found: Found, stage: str
+) -> None:
+    """SCAFFOLD's first correction, which is zero, has read and written every gradient."""
+    for rank in found:
+        assert torch.equal(rank["padded"][stage], rank["padded"]["whole"])
+
+
 def test_training_moved_the_adapter(found: Found) -> None:
     seen = found[0]["llama"]["split"]
     assert not torch.allclose(seen["trained"], seen["adapter"], atol=1e-3)
