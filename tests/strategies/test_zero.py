@@ -90,6 +90,12 @@ def test_batches_are_not_rounded() -> None:
     assert torch.equal(batch["reference"], reference)
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_bfloat16_base_stays_as_narrow(precision: Any) -> None:
+    base = torch.nn.Linear(1, 1, dtype=torch.bfloat16)
+    assert ZeroPrecision(precision).convert_module(base).weight.dtype == torch.bfloat16
+
+
 def test_lightnings_precision_is_replaced() -> None:
     strategy = CPUZeroStrategy()
     strategy.precision_plugin = DeepSpeedPrecision("bf16-mixed")

@@ -57,6 +57,10 @@ class ZeroPrecision(DeepSpeedPrecision):
         super().__init__(precision)
         self._device_type = device_type
 
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Leave a bfloat16 base as narrow as it is; Lightning's plugin would make it float32."""
+        return module
+
     def convert_input(self, data: Any) -> Any:
         """Leave batches as they are."""
         return data
