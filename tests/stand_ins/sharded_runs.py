@@ -3,7 +3,8 @@
     python -m torch.distributed.run --nproc_per_node=2 sharded_runs.py FOLDER BASE CONVERSATIONS
 
 Two ranks run them under DDP, under FSDP2, and with a group a rank; four ranks, as two groups of
-two. Each leaves `FOLDER/<way>/<case>/`.
+two; one rank under FSDP2 and as one process, on the accelerator that a last argument names. Each
+leaves `FOLDER/<way>/<case>/`.
 """
 
 import json
@@ -34,6 +35,8 @@ CASES: dict[str, Callable[[], Any]] = {
 }
 ONE_GROUP = ("fedavg", "scaffold", "fedprox", "accumulated", "clipped", "checkpointed", "mixed")
 """Cases of one client at a time; `RESUMED` is another one."""
+ALONE = ("scaffold", "checkpointed", "mixed")
+"""Cases for one rank."""
 GROUPS = ("fedavg", "scaffold")
 """Cases of two clients at a time."""
 EXCHANGES = ("updates", "sums")
@@ -47,14 +50,23 @@ def groups(exchange: str) -> Strategy:
     return partial(ShardedStrategy, clients=2, exchange=exchange)
 
 
-def run(folder: Path, case: str, base: Path, path: Path, strategy: Strategy | None) -> None:
+def run(
+    folder: Path,
+    case: str,
+    base: Path,
+    path: Path,
+    strategy: Strategy | None,
+    *,
+    accelerator: str = "cpu",
+) -> None:
     """Run a case; None is one process."""
     if case == RESUMED:
         start_and_stop(folder / case, base=base, path=path, strategy=strategy)
         resume(folder / case, base=base, path=path, strategy=strategy)
         return
     settings: Any = CASES[case]()
-    settings["trainer"] = {"devices": NUM_RANKS, **settings.get("trainer", {})}
+    machine = {"devices": NUM_RANKS, "accelerator": accelerator}
+    settings["trainer"] = {**machine, **settings.get("trainer", {})}
     done = federation_of(folder / case, settings, base, path, strategy).fit()
     finish(done)
     if case == "fedavg" and strategy is not None:
@@ -72,8 +84,12 @@ def use_again(done: Federation, base: Path, path: Path, strategy: Strategy) -> N
     finish(replace(make(done.folder / "more"), module=done.module).fit())
 
 
-def main(folder: Path, base: Path, path: Path) -> None:
-    if NUM_RANKS == 4:
+def main(folder: Path, base: Path, path: Path, accelerator: str = "cpu") -> None:
+    if NUM_RANKS == 1:
+        for case in ALONE:
+            for way, strategy in (("alone", ShardedStrategy), ("plain", None)):
+                run(folder / way, case, base, path, strategy, accelerator=accelerator)
+    elif NUM_RANKS == 4:
         run(folder / "four", "fedavg", base, path, groups("updates"))
     else:
         for case in (*ONE_GROUP, RESUMED):
@@ -87,4 +103,4 @@ def main(folder: Path, base: Path, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:4]))
+    main(*map(Path, sys.argv[1:4]), *sys.argv[4:])

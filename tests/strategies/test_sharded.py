@@ -11,7 +11,7 @@ import torch
 from federations import write_conversations
 from ranks import run_ranks
 from round_rows import without_seconds
-from sharded_runs import GROUPS, ONE_GROUP, RESUMED, resume
+from sharded_runs import ALONE, GROUPS, ONE_GROUP, RESUMED, resume
 from torch import Tensor
 
 from fedsafe.federated.checkpoint import last_checkpoint
@@ -121,6 +121,31 @@ def test_two_groups_of_two_train_bit_for_bit_what_one_group_does(runs: Runs) -> 
     ours, expected = (adapter_of(runs.folder / way / "fedavg") for way in ("four", "ddp"))
     assert torch.equal(ours, expected)
     assert rows_of(runs.folder / "four" / "fedavg") == rows_of(runs.folder / "ddp" / "fedavg")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "accelerator",
+    [
+        "cpu",
+        pytest.param(
+            "gpu",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+            ],
+        ),
+    ],
+)
+def test_a_group_of_one_rank_trains_bit_for_bit_what_one_process_does(
+    tmp_path: Path, tiny_gpt2: Path, accelerator: str
+) -> None:
+    path = tmp_path / "conversations.jsonl"
+    write_conversations(path)
+    run_ranks(sharded_runs.__file__, tmp_path, tiny_gpt2, path, accelerator, num_ranks=1)
+    for case in ALONE:
+        ours, expected = (adapter_of(tmp_path / way / case) for way in ("alone", "plain"))
+        assert torch.equal(ours, expected), case
 
 
 def test_no_client_at_once_is_refused() -> None:
