@@ -6,6 +6,7 @@ leaves `FOLDER/rank<n>.pt`: by case, what was seen of the whole model and of the
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,7 @@ from fedsafe.federated.local_training import train_client
 from fedsafe.federated.schedule import BatchKey
 from fedsafe.model import module as model_module
 from fedsafe.model.adapter import adapter_scale
+from fedsafe.model.compilation import compile_layers
 from fedsafe.model.module import LoraLM
 from fedsafe.model.sharded_load import decoder_layers
 
@@ -140,6 +142,8 @@ def main(folder: Path, tiny_gpt2: str, tiny_llama: str) -> None:
     folders = {"TINY_GPT2": tiny_gpt2, "TINY_LLAMA": tiny_llama}
     tokenizer = load_tokenizer(tiny_gpt2)
     ensure_chat_template(tokenizer)
+    model_file: Any = model_module
+    model_file.compile_layers = partial(compile_layers, backend="eager")  # without a compiler
     found: dict[str, Any] = {}
     for case in CASES:
         look, parted, alone = Look(tokenizer), module_of(case, folders), module_of(case, folders)

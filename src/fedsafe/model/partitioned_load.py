@@ -67,28 +67,32 @@ def require_gradients(model: nn.Module) -> RemovableHandle:
     return decoder_layers(model)[0].register_forward_pre_hook(require, prepend=True)
 
 
+_torch_linear = functional.linear
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or weight.requires_grad:
+        return _torch_linear(input, weight, bias)
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    output: Tensor = zero3_linear_wrap(input, weight, bias)
+    return output
+
+
 @contextmanager
 def drops_frozen_weights() -> Iterator[None]:
     """Let the graph of a forward pass hold frozen weights by reference, not by value.
 
     torch's linear layer saves a view of its weight, which keeps it in memory after ZeRO-3 has put
     it away. DeepSpeed's own replacement saves the parameter, and rounds the gradients of trained
-    weights otherwise than torch: here it stands in for frozen ones alone.
+    weights otherwise than torch: here it stands in for frozen ones alone. The compiler saves
+    parameters itself.
     """
-    from deepspeed.runtime.zero.linear import zero3_linear_wrap
-
-    plain = functional.linear
-
-    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        of_frozen = torch.is_grad_enabled() and not weight.requires_grad
-        output: Tensor = (zero3_linear_wrap if of_frozen else plain)(input, weight, bias)
-        return output
-
-    functional.linear = linear
+    functional.linear = _linear
     try:
         yield
     finally:
-        functional.linear = plain
+        functional.linear = _torch_linear
 
 
 def _replace(model: nn.Module, others: dict[nn.Parameter, nn.Parameter]) -> None:
