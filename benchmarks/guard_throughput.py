@@ -55,10 +55,17 @@ class Side(ABC):
 class Fedsafe(Side):
     """The policy read once, beforehand; the conversations packed."""
 
-    def __init__(self, model: PreTrainedModel, prompts: Prompts, *, dtype: str) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: Prompts,
+        *,
+        dtype: str,
+        max_tokens: int = MAX_BATCH_TOKENS,
+    ) -> None:
         self.name = f"fedsafe, {dtype}"
         self._scorer = NextTokenScorer(
-            model, None, prefixes=[prompts.policy], max_tokens=MAX_BATCH_TOKENS
+            model, None, prefixes=[prompts.policy], max_tokens=max_tokens
         )
 
     def probabilities(self, prompts: Sequence[list[int]]) -> Tensor:

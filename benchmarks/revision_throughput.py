@@ -21,7 +21,7 @@ from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from workload import RESERVED_TOKENS, Cost, Shape, Stopwatch
 
 from fedsafe.data.chat import default_chat_template, render
@@ -167,11 +167,26 @@ def world_work(num_prompts: int, *, own_ends: bool) -> Workload:
 
 
 def llama_work(shape: Shape, *, num_prompts: int, longest: int, device: str) -> Workload:
-    """A random Llama on random words, prompts as long as instruction data."""
+    """A random Llama on random words."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     with tempfile.TemporaryDirectory() as folder:
         base = load_base(str(workload.save_base(shape, Path(folder))), dtype=dtype)
-    model = _with_adapter(base, **workload.LORA).to(device)
+    return work_on(
+        base, shape, lora=workload.LORA, num_prompts=num_prompts, longest=longest, device=device
+    )
+
+
+def work_on(
+    base: PreTrainedModel,
+    shape: Shape,
+    *,
+    lora: dict[str, Any],
+    num_prompts: int,
+    longest: int,
+    device: str,
+) -> Workload:
+    """A base on random words, prompts as long as instruction data; no answer ends early."""
+    model = _with_adapter(base, **lora).to(device)
     rng = random.Random(0)
 
     def words(number: int) -> str:
@@ -182,8 +197,8 @@ def llama_work(shape: Shape, *, num_prompts: int, longest: int, device: str) -> 
     lengths = workload.conversation_lengths(num_prompts, longest=longest).tolist()
     prompts = [words(length) for length in lengths]
     requests = [Requests(words(REQUEST_TOKENS), words(REQUEST_TOKENS)) for _ in prompts]
-    parameters = sum(p.numel() for p in model.get_base_model().model.layers.parameters())
-    title = f"Llama, {parameters / 1e6:.0f}M"
+    layers: Any = model.get_base_model().model.layers
+    title = f"Llama, {sum(p.numel() for p in layers.parameters()) / 1e6:.0f}M"
     tokenizer = _word_tokenizer(shape.vocabulary)
     return _endless(Workload(title, model, tokenizer, prompts, requests, max_new_tokens=48))
 
@@ -191,7 +206,7 @@ def llama_work(shape: Shape, *, num_prompts: int, longest: int, device: str) -> 
 def _with_adapter(base: Any, **lora: Any) -> PeftModel:
     """A random adapter that changes what is said, so that base and global model differ."""
     model = add_lora(base, dropout=0.0, **lora).eval()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(base.device).manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

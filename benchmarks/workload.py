@@ -239,7 +239,7 @@ class RoundClock(Callback):
         return self.ends[-1] - self.ends[warm_up - 1]
 
 
-def fit(
+def fit(  # noqa: PLR0913
     module: LoraLM,
     data: FederatedDataModule,
     rounds: FederatedRounds,
@@ -248,6 +248,7 @@ def fit(
     run_dir: Path,
     callbacks: Sequence[Callback] = (),
     device: str = "cpu",
+    accumulate: int = 1,
     strategy: Strategy | str = "auto",
 ) -> None:
     """A federated run as a user starts it, without loggers, checkpoints and progress bar."""
@@ -255,6 +256,7 @@ def fit(
         accelerator="gpu" if device == "cuda" else "cpu",
         devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         strategy=strategy,
+        accumulate_grad_batches=accumulate,
         default_root_dir=run_dir,
         max_epochs=num_rounds,
         callbacks=[rounds, *callbacks],
