@@ -86,6 +86,8 @@ class ZeroStrategy(LaidOut, DeepSpeedStrategy):
             also the base and the adapter.
         offload: What is kept in the host's memory: `none`, the `optimizer`'s part, or all
             `parameters` too (stage 3 alone).
+        prefetch_elements: Parameters that stage 3 brings together before they are needed, about
+            those of a layer; 0 for the least memory.
         timeout: How long a rank waits for the others, such as 0:30:00, before the run ends.
         process_group_backend: How ranks speak; None takes nccl.
 
@@ -138,6 +140,7 @@ class ZeroStrategy(LaidOut, DeepSpeedStrategy):
             return nullcontext()
         from deepspeed import zero
 
+        # by name, as in module.weight, DeepSpeed would take note and keep them whole from now on
         own: list[Any] = list(module.parameters(recurse=False))
         absent = [each for each in own if each.ds_status.name != "AVAILABLE"]
         gathered: AbstractContextManager[None] = zero.GatheredParameters(absent)
@@ -183,7 +186,7 @@ class ZeroStrategy(LaidOut, DeepSpeedStrategy):
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """Build the model as on one device; `setup` splits it."""
+        """Build the model as on one device; `build` splits it."""
         yield
 
     def build(self, make: Callable[[], PeftModel]) -> PeftModel:
@@ -210,7 +213,7 @@ class ZeroStrategy(LaidOut, DeepSpeedStrategy):
         if self.stage == 3:
             _name_direct_uses(model)
             self._requirement = require_gradients(model)
-        if self.optimizers:
+        if self.optimizers:  # see `block_backward_sync`
             self.deepspeed_engine.set_gradient_accumulation_boundary(True)
 
     def teardown(self) -> None:
