@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from ranks import run_ranks
 from thread_peers import together
 
 from fedsafe.cli import main
+from fedsafe.commands.noise import quiet_known_noise
 from fedsafe.commands.ranks import _take_gpu, check_agreed, joined
 
 sys.path.append(str(Path(__file__).parent))
@@ -174,3 +176,17 @@ def test_ranks_that_see_different_files_are_refused() -> None:
 
     with pytest.raises(ValueError, match=r"rows in a.jsonl \(1,000 on rank 0, 1,001 on rank 1\)"):
         together(2, check)
+
+
+@pytest.mark.parametrize(("rank", "num"), [("0", 1), ("1", 0)], ids=["first", "another"])
+def test_only_the_first_rank_warns_of_the_data(
+    monkeypatch: pytest.MonkeyPatch, rank: str, num: int
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quiet_known_noise()
+        warnings.warn_explicit("a row", UserWarning, "a.py", 1, module="fedsafe.data.sources")
+        warnings.warn_explicit("a judge", UserWarning, "b.py", 1, module="fedsafe.evaluation.judge")
+    assert len([each for each in caught if str(each.message) == "a row"]) == num
+    assert len([each for each in caught if str(each.message) == "a judge"]) == 1

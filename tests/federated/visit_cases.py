@@ -6,8 +6,9 @@ leaves `FOLDER/<strategy>/<case>/`: a run directory, and `adapter.pt`, the last 
 """
 
 import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,17 @@ from fedsafe.data.augmentation import CaiAugmentation
 from fedsafe.federated.checkpoint import RoundCheckpoint, last_checkpoint
 from fedsafe.federated.constitutional_training import ConstitutionalTraining
 from fedsafe.safety.filter import SafetyFilter
+from fedsafe.safety.guard import UnjudgeableError
 from fedsafe.safety.revision import Reviser
 from fedsafe.strategies.client_parallel import ClientParallelStrategy
+from fedsafe.strategies.sharded import ShardedStrategy
+from fedsafe.types import Conversation, Verdict
 
 Settings = dict[str, dict[str, Any]]
 
 STRATEGIES: dict[str, Callable[[], Any]] = {
     "ddp": DDPStrategy,
+    "fsdp": ShardedStrategy,
     "clients": lambda: ClientParallelStrategy(exchange="updates"),
 }
 RESUMED = "resumed"
@@ -88,10 +93,20 @@ def made(folder: Path, *, data: Any = None, **training: Any) -> Settings:
     return ready(folder, data=given | (data or {}), **training)
 
 
+class PickyGuard(WordGuard):
+    """Cannot judge what holds a moon."""
+
+    def judge(self, conversations: Sequence[Conversation]) -> list[Verdict]:
+        texts = [each[-1]["content"] for each in conversations]
+        if reasons := {place: "a moon" for place, text in enumerate(texts) if "moon" in text}:
+            raise UnjudgeableError(reasons)
+        return super().judge(conversations)
+
+
 def filtered(folder: Path) -> Settings:
     """Clients that refuse what their guard calls unsafe, and samples that are held out."""
-    rule = SafetyFilter(WordGuard("red"), policy="refuse")
-    return {"data": {"filter": rule, "validation_share": 0.3}}
+    rule = SafetyFilter(PickyGuard("red"), policy="refuse")
+    return {"data": {"filter": rule, "validation_share": 0.3, "on_bad_row": "skip"}}
 
 
 CASES: dict[str, Callable[[Path], Settings]] = {
@@ -104,6 +119,11 @@ CASES: dict[str, Callable[[Path], Settings]] = {
     },
     "made": made,
     "made_once": lambda folder: made(folder, data={"renew": False, "keep_refusals": True}),
+    "sgd": lambda folder: {
+        **ready(folder, sft_learning_rate=0.2, dpo_learning_rate=0.2, nll_weight=1.0),
+        "model": {"optimizer": "sgd", "learning_rate": 0.01},
+    },
+    "clipped": lambda folder: {**ready(folder), "trainer": {"gradient_clip_val": 0.01}},
     "adaptive": lambda folder: made(folder, regime="adaptive", num_probe=7, probe_every=2),
     "filtered": filtered,
 }
@@ -141,7 +161,7 @@ def _federation(
     folder: Path, settings: Settings, base: Path, path: Path, strategy: Any, **more: Any
 ) -> Federation:
     # where a gradient is nearly zero, rounding decides the sign of AdamW's step: keep steps small
-    settings = {**settings, "model": {"learning_rate": 1e-3}}
+    settings = {**settings, "model": {"learning_rate": 1e-3, **settings.get("model", {})}}
     if strategy is not None:
         devices = {"strategy": strategy(), "devices": 2}
         settings["trainer"] = {**devices, **settings.get("trainer", {})}
@@ -177,8 +197,22 @@ def finish(run: Federation) -> None:
     assert all(torch.equal(each, run.adapter) for each in everyones)
 
 
+def break_off(folder: Path, *, base: Path, path: Path, strategy: Any) -> str:
+    """Take a step that leaves no adapter; returns what the rank was told. Train no more then."""
+    settings = ready(folder.parent)
+    settings["rounds"]["cai"].learning_rate = lambda *_: float("inf")
+    run = _federation(folder / "broken", settings, base, path, strategy)
+    try:
+        run.fit()
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
 if __name__ == "__main__":
     for kind, make in STRATEGIES.items():
         target, given = Path(sys.argv[1]) / kind, {"base": Path(sys.argv[2])}
         given["path"] = Path(sys.argv[3])
-        run_cases(target, **given, strategy=make, resumes=kind == "ddp")
+        run_cases(target, **given, strategy=make, resumes=kind != "clients")
+    told = break_off(target, **given, strategy=make)
+    (target / f"broken-{os.environ['RANK']}.txt").write_text(told)

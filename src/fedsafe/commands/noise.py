@@ -7,6 +7,8 @@ import warnings
 import datasets
 from transformers.utils import logging as transformers_logging
 
+from fedsafe.commands.launcher import is_first_rank
+
 _WRONG_WARNINGS = (
     ".*LightningCLI's args parameter.*",
     # loaders are cheap here, and a round is an epoch
@@ -37,6 +39,8 @@ def quiet_known_noise() -> None:
     """Filter the warnings and lines named above, and progress bars where nobody watches."""
     for message in _WRONG_WARNINGS:
         warnings.filterwarnings("ignore", message)
+    if not is_first_rank():  # all ranks read the same data, and find the same in it
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"fedsafe\.data\.")
     for name in ("lightning", "lightning.pytorch", "lightning.fabric", "transformers"):
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(_is_news)

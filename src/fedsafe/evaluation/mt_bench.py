@@ -100,6 +100,8 @@ class MTBench(Benchmark):
         limit: Questions asked, evenly spread over the file; null for all.
         batch_size: Questions replied to at a time. `fedsafe test` judges as many at a time, and a
             local judge is loaded anew each time; a `SafetyProbe` judges all of its sample together.
+            Ranks share these batches: 80 questions are one, lower it for several ranks, and let the
+            strategy's timeout be longer than the judge takes for a batch.
         split: Split to take of a hub name.
         name: Of the benchmark's file and measures.
 
