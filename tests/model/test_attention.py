@@ -180,3 +180,78 @@ def test_cudnn_is_not_asked_to_plan_for_every_length(
     packed_attention(nn.Module(), query[:, :, prefix:], key, value, None, segment_lengths=lengths)
     assert enabled == [False]
     assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+# ---- one kernel for all segments; tests/model/test_gpu.py has the real one -----------------------
+
+
+def kernel_by_segments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_ends: Tensor,
+    key_ends: Tensor,
+    longest_query: int,
+    longest_key: int,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """What the flash kernel computes, by dense masks; shape ``(T, H, D)``."""
+    assert query_ends.dtype == key_ends.dtype == torch.int32
+    assert longest_query == query_ends.diff().max()
+    assert longest_key == key_ends.diff().max()
+    assert dropout == 0.0
+    outputs = []
+    for i in range(len(query_ends) - 1):
+        q = query[query_ends[i] : query_ends[i + 1]]
+        k, v = (each[key_ends[i] : key_ends[i + 1]] for each in (key, value))
+        k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], 1) for each in (k, v))
+        distance = torch.arange(len(q))[:, None] + len(k) - len(q) - torch.arange(len(k))
+        seen = (distance >= 0) & (distance < (window or len(k)))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * (scaling or q.shape[2] ** -0.5)
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        outputs.append(torch.einsum("hqk,khd->qhd", weights, v))
+    return torch.cat(outputs)
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_has_flash_kernel", lambda _: True)
+    monkeypatch.setattr(attention, "_flash_kernel", kernel_by_segments)
+
+
+@pytest.mark.usefixtures("flash")
+@pytest.mark.parametrize("window", [None, 2, 100])
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_one_kernel_is_told_where_segments_end(window: int | None, kv_heads: int) -> None:
+    query, key, value = qkv(kv_heads=kv_heads)
+    found, _ = packed_attention(
+        nn.Module(), query, key, value, None, segment_lengths=LENGTHS, sliding_window=window
+    )
+    expected = by_loops(query, key, value, scaling=8**-0.5, window=window)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("flash")
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_one_kernel_is_given_the_prefix_before_each_segment(kv_heads: int) -> None:
+    query, key, value = with_prefix(kv_heads)
+    found, _ = packed_attention(
+        nn.Module(), query, key, value, None, scaling=0.7, segment_lengths=LENGTHS
+    )
+    expected = by_dense_eager(query, key, value, scaling=0.7)
+    torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_ends_found_in_inference_mode_can_be_used_in_training() -> None:
+    attention._ends.cache_clear()
+    with torch.inference_mode():
+        ends = attention._ends((3, 1, 6), torch.device("cpu"))
+    assert not ends.is_inference()
+    assert ends.tolist() == [0, 3, 4, 10]
+    assert attention._ends((3, 1, 6), torch.device("cpu")) is ends  # once for all layers
+
+
+def test_a_cpu_has_no_such_kernel() -> None:
+    assert not attention._has_flash_kernel(torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16))
