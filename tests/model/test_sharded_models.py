@@ -55,7 +55,7 @@ def assert_same(ours: Any, expected: Any, what: str) -> None:
 def test_a_split_model_is_bit_for_bit_the_whole_one(runs: Runs, rank: int, case: str) -> None:
     """Parameters, buffers, losses, gradients, answers, optimizer: all that the script looked at."""
     seen = runs.seen[rank][case]
-    assert len(seen["whole"]) > 15
+    assert {"parameters", "buffers", "nll", "gradient"} <= seen["whole"].keys()
     assert_same(seen["split"], seen["whole"], case)
 
 
