@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from cpu_zero import CPUZeroStrategy
+from deepspeed import DeepSpeedEngine
 from federations import Federation
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
@@ -65,6 +66,7 @@ CASES: dict[str, Callable[[], Settings]] = {
     },
 }
 """Settings by name; each call makes new objects."""
+MEASURED = ("fedavg", "mixed")
 SERVED = "served"
 """A server visit, whose steps have two parts a rank."""
 PAIRS = "pairs.jsonl"
@@ -100,8 +102,9 @@ def run(
     save = RoundCheckpoint()
     done = federation_of(folder, settings, base, path, strategy, callbacks=(save,)).fit()
     finish(done)
-    if folder.name == "fedavg" and strategy is not None:
+    if folder.name in MEASURED and strategy is not None:
         measure(done, settings, base, path, strategy)
+    if folder.name == "fedavg" and strategy is not None:
         note_refusal(done)
         train_again(done, base, path, strategy)
 
@@ -118,6 +121,10 @@ def measure(
     found["validated"] = fresh.trainer.validate(
         fresh.module, datamodule=fresh.data, ckpt_path=last_checkpoint(done.folder), verbose=False
     )
+    engine = fresh.trainer.strategy.model
+    own = isinstance(engine, DeepSpeedEngine)  # DeepSpeed's overrules the autocast around it
+    mixed = fresh.trainer.precision == "bf16-mixed"
+    found["autocast"] = engine.torch_autocast_enabled() if own else mixed
     settings["data"] = {"test_path": str(path)}
     fresh = make(done.folder / "tested")
     fresh.module.adapter_folder = done.folder / "adapter"

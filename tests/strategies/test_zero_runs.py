@@ -18,7 +18,7 @@ from fedsafe.model.module import LoraLM
 
 sys.path.append(str(STAND_INS.parent / "federated"))
 from ddp_cases import RESUMED, resume  # found once its folder is known
-from zero_runs import CASES, PAIRS, SERVED, run
+from zero_runs import CASES, MEASURED, PAIRS, SERVED, run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -115,17 +115,19 @@ def test_a_run_that_zero_began_goes_on_in_one_process(
     torch.testing.assert_close(here, runs.adapter(stage, RESUMED), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("case", MEASURED)
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_run_is_measured_as_under_ddp(runs: Runs, stage: str) -> None:
+def test_a_run_is_measured_as_under_ddp(runs: Runs, stage: str, case: str) -> None:
     """Its checkpoint by `validate`, the files of its adapter by `test`; answers are the same."""
     ours, theirs = (
-        json.loads((runs.folder / way / "fedavg" / "measured.json").read_text())
+        json.loads((runs.folder / way / case / "measured.json").read_text())
         for way in (stage, "ddp")
     )
     assert ours == theirs
     assert len(ours["said"]) == 2
     assert set(ours["validated"][0]) == {"val/loss"}
     assert set(ours["tested"][0]) == {"test/loss"}
+    assert ours["autocast"] == (case == "mixed")
 
 
 @pytest.mark.parametrize("stage", STAGES)

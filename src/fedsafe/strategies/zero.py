@@ -10,6 +10,7 @@ References:
     https://arxiv.org/abs/1910.02054
 """
 
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -215,6 +216,21 @@ class ZeroStrategy(LaidOut, DeepSpeedStrategy):
             self._requirement = require_gradients(model)
         if self.optimizers:  # see `block_backward_sync`
             self.deepspeed_engine.set_gradient_accumulation_boundary(True)
+
+    def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
+        """Make an engine where the base is split; Lightning's would compute without autocast."""
+        if self.stage != 3:
+            model.to(self.root_device)
+            return
+        import deepspeed
+
+        self.model, *_ = deepspeed.initialize(
+            args=Namespace(device_rank=self.root_device.index),
+            config={**self._config, "gradient_accumulation_steps": 1},
+            model=model,
+            model_parameters=[],
+            dist_init_required=False,
+        )
 
     def teardown(self) -> None:
         """Take DeepSpeed's hooks off the model, so that another Trainer can train it."""
