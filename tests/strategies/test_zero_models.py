@@ -65,7 +65,7 @@ def test_no_rank_ever_holds_the_base(found: Found, case: str) -> None:
         held = rank[case]["held"]
         assert held["at_rest"] == 0
         assert held["parts"] == pytest.approx(held["all"] / 2, rel=1e-2)
-        assert 0 < held["most"] < held["all"] / 2
+        assert 0 < held["most"] < 0.6 * held["all"]  # a layer, of three or of one
 
 
 def test_one_rank_alone_reads_the_base(found: Found) -> None:
