@@ -1,6 +1,6 @@
 """Federations whose server trains too, run one after another: in one process or on ranks.
 
-    python -m torch.distributed.run --nproc_per_node=2 visit_cases.py FOLDER BASE CONVERSATIONS
+    python -m torch.distributed.run --nproc_per_node=2 visit_cases.py FOLDER BASE ROWS [zero]
 
 leaves `FOLDER/<strategy>/<case>/`: a run directory, and `adapter.pt`, the last global adapter.
 """
@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ STRATEGIES: dict[str, Callable[[], Any]] = {
     "fsdp": ShardedStrategy,
     "clients": lambda: ClientParallelStrategy(exchange="updates"),
 }
+ZERO = ("zero2", "zero3")
+ZERO_CASES = ("sgd", "accumulated", "made")
 RESUMED = "resumed"
 """A run that is stopped inside a server visit, and goes on in a new Trainer."""
 WORDS = ("red", "blue", "green", "cat", "dog", "sun", "moon")
@@ -137,6 +140,7 @@ def run_cases(
     path: Path,
     strategy: Callable[[], Any] | None,
     resumes: bool = True,
+    cases: Sequence[str] = tuple(CASES),
 ) -> None:
     """Run every case.
 
@@ -146,9 +150,11 @@ def run_cases(
         path: JSONL file of the clients' conversations.
         strategy: Makes the strategy; None is one process.
         resumes: Whether checkpoints inside a round can be had.
+        cases: Which cases; all, unless told otherwise.
     """
-    for name, settings in CASES.items():
-        finish(_federation(folder / name, settings(folder.parent), base, path, strategy).fit())
+    for name in cases:
+        settings = CASES[name](folder.parent)
+        finish(_federation(folder / name, settings, base, path, strategy).fit())
     if not resumes:
         return
     _start_and_stop(folder, base, path, strategy)
@@ -209,10 +215,21 @@ def break_off(folder: Path, *, base: Path, path: Path, strategy: Any) -> str:
     return "nothing"
 
 
+def _run_zero(folder: Path, **given: Any) -> None:
+    from cpu_zero import CPUZeroStrategy  # DeepSpeed takes seconds to import
+
+    for kind in ZERO:
+        strategy = partial(CPUZeroStrategy, stage=int(kind[-1]))
+        run_cases(folder / kind, strategy=strategy, cases=ZERO_CASES, **given)
+
+
+def _run_others(folder: Path, **given: Any) -> None:
+    for kind, strategy in STRATEGIES.items():
+        run_cases(folder / kind, strategy=strategy, resumes=kind != "clients", **given)
+    told = break_off(folder / kind, strategy=strategy, **given)
+    (folder / kind / f"broken-{os.environ['RANK']}.txt").write_text(told)
+
+
 if __name__ == "__main__":
-    for kind, make in STRATEGIES.items():
-        target, given = Path(sys.argv[1]) / kind, {"base": Path(sys.argv[2])}
-        given["path"] = Path(sys.argv[3])
-        run_cases(target, **given, strategy=make, resumes=kind != "clients")
-    told = break_off(target, **given, strategy=make)
-    (target / f"broken-{os.environ['RANK']}.txt").write_text(told)
+    run = _run_zero if sys.argv[4:] == ["zero"] else _run_others
+    run(Path(sys.argv[1]), base=Path(sys.argv[2]), path=Path(sys.argv[3]))
