@@ -52,13 +52,14 @@ def test_the_exit_status_reaches_the_shell() -> None:
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch):
-    """Make `fedsafe table` raise an error."""
+    """Make every command raise an error."""
 
     def raises(error: BaseException) -> None:
         def run(name: str, arguments: list[str]) -> None:
             raise error
 
-        monkeypatch.setattr(cli, "import_module", lambda name: SimpleNamespace(run=run))
+        module = SimpleNamespace(run=run, name_slurm_tasks=lambda: None)
+        monkeypatch.setattr(cli, "import_module", lambda name: module)
 
     monkeypatch.delenv("FEDSAFE_DEBUG", raising=False)
     return raises
@@ -114,9 +115,9 @@ def test_the_loss_of_a_rank_is_one_line_that_says_how_to_go_on(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     command(RuntimeError(said))
-    assert main(["table"]) == 1
+    assert main(["fit"]) == 1
     err = capsys.readouterr().err
-    assert err.startswith(f"fedsafe table (rank 1): another rank is gone ({said.splitlines()[0]})")
+    assert err.startswith(f"fedsafe fit (rank 1): another rank is gone ({said.splitlines()[0]})")
     assert "--ckpt_path last" in err
     assert err.count("\n") == 1
 
@@ -130,7 +131,7 @@ def test_other_runtime_errors_keep_their_trace(
     monkeypatch.setenv("WORLD_SIZE", world_size)
     command(RuntimeError(said))
     with pytest.raises(RuntimeError, match=said):
-        main(["table"])
+        main(["fit"])
 
 
 def test_errors_name_the_rank_unless_it_is_the_first(
@@ -141,3 +142,14 @@ def test_errors_name_the_rank_unless_it_is_the_first(
         monkeypatch.setenv("RANK", rank)
         main(["table"])
         assert capsys.readouterr().err == f"fedsafe table{named}: rank is 0\n"
+
+
+def test_a_command_that_ranks_cannot_share_refuses_several(
+    command, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command(AssertionError("started all the same"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["export"]) == 2
+    assert (
+        "fedsafe export runs in one process; start it without torchrun" in capsys.readouterr().err
+    )

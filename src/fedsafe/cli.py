@@ -33,6 +33,9 @@ GO_ON = {
 }
 """How to go on after Ctrl-C, where a command can."""
 
+SHARED = ("fit", "validate", "test", "filter", "revise", "measure")
+"""Commands whose work several ranks share."""
+
 LOST = "; look above for its own words, then go on with --ckpt_path last, where a command has it"
 _SIGNS_OF_LOSS = ("Connection closed by peer", "Connection reset by peer", "Timed out", "NCCL")
 
@@ -61,11 +64,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         sys.stderr.write(f"fedsafe has no command {name!r}; it has {', '.join(COMMANDS)}\n")
         return 2
+    if name not in SHARED and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stderr.write(
+            f"fedsafe {name}{_rank()} runs in one process; start it without torchrun, which "
+            f"{', '.join(SHARED)} can share their work by\n"
+        )
+        return 2
     return _run(name, rest)
 
 
 def _run(name: str, arguments: list[str]) -> int:
     try:
+        if name in SHARED:
+            import_module("fedsafe.commands.launcher").name_slurm_tasks()
         import_module(f"fedsafe.commands.{COMMANDS[name][0]}").run(name, arguments)
     except KeyboardInterrupt:
         sys.stderr.write(f"\nfedsafe {name} was interrupted{GO_ON.get(name, '')}\n")

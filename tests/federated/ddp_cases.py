@@ -29,6 +29,7 @@ CASES: dict[str, Callable[[], Settings]] = {
     "epochs": lambda: {"rounds": {"local_epochs": 2}},
     "accumulated": lambda: {"trainer": {"accumulate_grad_batches": 2}},
     "clipped": lambda: {"trainer": {"gradient_clip_val": 0.01}},
+    "dropout": lambda: {"model": {"lora_dropout": 0.3}},
     "local": lambda: {"rounds": {"mode": "local"}, "data": {"validation_share": 0.3}},
     "central": lambda: {"rounds": {"mode": "central"}, "data": {"validation_share": 0.3}},
     "sgd": lambda: {"model": {"optimizer": "sgd", "learning_rate": 0.1}},

@@ -53,6 +53,15 @@ def test_ranks_with_different_adapters_are_named(change: float) -> None:
         together(2, end)
 
 
+def test_swapped_values_do_not_pass_for_the_same_adapter() -> None:
+    def end(world: Peers) -> None:
+        values = [1.0, 2.0, 3.0] if world.index else [2.0, 1.0, 3.0]
+        check_same_adapter(world, torch.tensor(values), round_=0)
+
+    with pytest.raises(ValueError, match="rank 1 holds another"):
+        together(2, end)
+
+
 def test_equal_adapters_pass_and_a_single_rank_has_nobody_to_differ_from() -> None:
     together(2, lambda world: check_same_adapter(world, torch.ones(5), round_=0))
     check_same_adapter(ALONE, torch.ones(5), round_=0)

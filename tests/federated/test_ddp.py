@@ -51,13 +51,16 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
     return [without_seconds(json.loads(line)) for line in lines]
 
 
-@pytest.mark.parametrize("case", [*CASES, RESUMED])
+@pytest.mark.parametrize("case", [name for name in [*CASES, RESUMED] if name != "dropout"])
 def test_two_ranks_train_what_one_process_trains(runs: Runs, case: str) -> None:
     one, two = adapter_of(runs.one / case), adapter_of(runs.two / case)
     torch.testing.assert_close(two, one, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("case", ["fedavg", "scaffold", "fedprox", "clipped", "checkpointed"])
+@pytest.mark.parametrize(
+    "case",
+    ["fedavg", "scaffold", "fedprox", "clipped", "checkpointed", "dropout"],
+)
 def test_two_ranks_train_bit_for_bit_what_one_process_does_that_accumulates_two_parts(
     runs: Runs, tmp_path: Path, case: str
 ) -> None:
@@ -67,7 +70,7 @@ def test_two_ranks_train_bit_for_bit_what_one_process_does_that_accumulates_two_
     assert torch.equal(run.adapter, adapter_of(runs.two / case))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [name for name in CASES if name != "dropout"])
 def test_two_ranks_tell_the_same_story(runs: Runs, case: str) -> None:
     one, two = rows_of(runs.one / case), rows_of(runs.two / case)
     assert len(one) == len(two)

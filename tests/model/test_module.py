@@ -90,9 +90,7 @@ def test_a_checkpoint_of_another_model_is_refused(make_module: ModuleMaker) -> N
     module = make_module("gpt2")
     checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(checkpoint)
-    assert sorted(checkpoint["state_dict"]) == sorted(
-        name for name, p in module.named_parameters() if p.requires_grad
-    )
+    assert not checkpoint["state_dict"], "the rounds keep the adapter, and the base is frozen"
     module.on_load_checkpoint(checkpoint)
     other = make_module("gpt2", rank=2)
     with pytest.raises(ValueError, match=re.escape("model.rank was 4 and is 2")):

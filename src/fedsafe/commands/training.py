@@ -336,6 +336,8 @@ def _last_checkpoint(run_dir: Path) -> str | None:
             f"{run_dir} has {finished} finished rounds but no {file.relative_to(run_dir)}; "
             "give another --run_dir to start anew"
         )
+    if not is_first_rank():
+        return None
     for name in ("adapter", "adapters"):
         shutil.rmtree(run_dir / name, ignore_errors=True)
     (run_dir / "rounds.jsonl").unlink(missing_ok=True)

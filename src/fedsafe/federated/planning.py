@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
+from warnings import warn
 
 from lightning import Trainer
 
@@ -41,7 +42,18 @@ def make_schedule(
     if settings["mode"] == "central":
         federation = federation.in_one_place()
     clients, ranks = layout.clients, layout.data
+    _warn_of_idle(clients.size, federation.clients_per_round)
     return replace(federation, share=Share(clients.index, clients.size, ranks.index, ranks.size))
+
+
+def _warn_of_idle(num_groups: int, num_clients: int) -> None:
+    if num_groups > num_clients:
+        warn(
+            f"{num_groups} ranks, or groups of ranks, train clients, and a round has {num_clients}:"
+            f" {num_groups - num_clients} idle in every round; start fewer, or raise "
+            "clients_per_round",
+            stacklevel=2,
+        )
 
 
 def weight_of(

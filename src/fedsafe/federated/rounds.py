@@ -27,7 +27,12 @@ from fedsafe.federated.exchange import RoundExchange
 from fedsafe.federated.local_training import LocalTraining
 from fedsafe.federated.planning import make_schedule, weight_of
 from fedsafe.federated.round_evaluation import RoundEvaluation
-from fedsafe.federated.round_identity import identity_of_run, rules_of_round, settings_of_rank
+from fedsafe.federated.round_identity import (
+    identity_of_run,
+    refuse_unfit,
+    rules_of_round,
+    settings_of_rank,
+)
 from fedsafe.federated.round_log import RoundLog
 from fedsafe.federated.run_files import client_folder, save_adapters, save_base_with_tokenizer
 from fedsafe.federated.schedule import RoundPlan
@@ -36,7 +41,6 @@ from fedsafe.federated.server_optimizer import FedAvg, ServerOptimizer
 from fedsafe.federated.server_steps import NonFiniteLossError
 from fedsafe.federated.server_visit import ServerVisit
 from fedsafe.federated.trainer_settings import check_trainer
-from fedsafe.model.identity import refuse_difference
 from fedsafe.model.module import LoraLM
 from fedsafe.strategies.layout import exchange_of, layout_of
 
@@ -252,7 +256,9 @@ class FederatedRounds(RoundEvaluation):
                 "constitutional training needs data.cai, its data, and federated.cai, its rules; "
                 f"only {'data' if self.cai is None else 'federated'}.cai is given"
             )
-        given = settings_of_rank(vars(self), trainer=trainer, model=pl_module.hparams)
+        given = settings_of_rank(
+            vars(self), trainer=trainer, model=pl_module.hparams, layout=self._layout
+        )
         check_agreement(self._layout.world, {**data.identity(), **given})
         self._schedule = make_schedule(vars(self), trainer=trainer, data=data, layout=self._layout)
         self._partition = self._schedule.partition
@@ -274,6 +280,8 @@ class FederatedRounds(RoundEvaluation):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the server, from the fresh adapter or from the checkpoint."""
         assert isinstance(pl_module, LoraLM)
+        stands = {"checkpoint.round": self._round, "checkpoint.batches": self._batches_done}
+        check_agreement(self._layout.world, stands)  # disks may hold different checkpoints
         self._adapter, self._optimizer = pl_module.flat_adapter(), trainer.optimizers[0]
         self.server = Server(
             self._layout.world.broadcast_(self._adapter.read(), source=0),
@@ -347,14 +355,8 @@ class FederatedRounds(RoundEvaluation):
         if not self._fitting:
             self._to_evaluate = state_dict["server"]["adapter"]
             return
-        refuse_difference(state_dict["identity"], self._identity())
-        if state_dict["batches_done"] > 0:
-            refuse_difference(state_dict["rules_of_round"], self._rules_of_round())
-        if state_dict["batches_done"] % self._schedule.num_micro:
-            raise ValueError(
-                "the checkpoint was written between accumulated parts of a step and lacks their "
-                "gradients; resume from one that was written after a step"
-            )
+        current = {"identity": self._identity(), "rules_of_round": self._rules_of_round()}
+        refuse_unfit(state_dict, current, layout=self._layout)
         self._resumed = state_dict
         self._record = state_dict["record"]
         self._row = state_dict["row"]

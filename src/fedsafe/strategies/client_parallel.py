@@ -21,7 +21,7 @@ class ClientParallelStrategy(LaidOut, DDPStrategy):
         exchange: What ranks tell each other at a round's end: weighted `sums`, whose memory does
             not grow with the clients, or every client's update in turn (`updates`), which is
             bit-equal to one process where the sums all but always are.
-        timeout: How long a rank waits for the others, such as 0:30:00, before the run ends; give
+        timeout: How long a rank waits for the others, such as 12:00:00, before the run ends; give
             more than the first to end a round ever waits for the last.
         process_group_backend: How ranks speak; None takes nccl on GPUs and gloo on CPUs.
     """
@@ -29,7 +29,7 @@ class ClientParallelStrategy(LaidOut, DDPStrategy):
     def __init__(
         self,
         exchange: ExchangeMode = "sums",
-        timeout: timedelta = timedelta(minutes=30),
+        timeout: timedelta = timedelta(hours=12),
         process_group_backend: str | None = None,
     ) -> None:
         super().__init__(timeout=timeout, process_group_backend=process_group_backend)
