@@ -367,3 +367,14 @@ def test_log_probabilities_of_answers_know_no_dropout_and_leave_the_mode_as_it_w
     assert not logprobs.requires_grad
     expected = [-part.sum() for part in plain(packed).detach().split(packed.target_counts)]
     torch.testing.assert_close(logprobs, torch.stack(expected))
+
+
+def test_random_weights_are_drawn_on_the_cpu_wherever_the_model_will_be() -> None:
+    """A GPU would draw others, and a base that is written down anew would be another one."""
+    config = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 64}
+    plain, elsewhere = (LoraLM("gpt2", from_config=config, rank=2) for _ in range(2))
+    plain.configure_model()
+    with torch.device("meta"):  # as a Trainer on a GPU does with its own
+        elsewhere.configure_model()
+    for (name, one), two in zip(plain.named_parameters(), elsewhere.parameters(), strict=True):
+        assert torch.equal(one, two), name

@@ -18,7 +18,7 @@ def name_slurm_tasks() -> None:
             "srun started several tasks without saying how many on each node; give it "
             "--ntasks-per-node, one task a GPU"
         )
-    from lightning.fabric.plugins.environments import SLURMEnvironment
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
     slurm = SLURMEnvironment(auto_requeue=False)
     os.environ.update(

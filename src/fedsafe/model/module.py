@@ -2,7 +2,7 @@
 
 from collections import UserList
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -146,14 +146,16 @@ class LoraLM(LightningModule):
     def make_base(self) -> PreTrainedModel:
         """A new copy of the frozen base; with `from_config`, the same random weights each time."""
         hp: Any = self.hparams
-        return load_base(
-            hp.base,
-            from_config=hp.from_config,
-            dtype=getattr(torch, hp.dtype),
-            quantize_4bit=hp.quantize_4bit,
-            attention=packed.PACKED if hp.attention == "packed" else hp.attention,
-            seed=hp.seed,
-        )
+        drawn = torch.device("cpu") if hp.from_config is not None else nullcontext()
+        with drawn:  # a GPU would draw other weights
+            return load_base(
+                hp.base,
+                from_config=hp.from_config,
+                dtype=getattr(torch, hp.dtype),
+                quantize_4bit=hp.quantize_4bit,
+                attention=packed.PACKED if hp.attention == "packed" else hp.attention,
+                seed=hp.seed,
+            )
 
     @property
     def peft_model(self) -> PeftModel:
