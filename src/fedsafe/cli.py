@@ -64,19 +64,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         sys.stderr.write(f"fedsafe has no command {name!r}; it has {', '.join(COMMANDS)}\n")
         return 2
-    if name not in SHARED and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.stderr.write(
-            f"fedsafe {name}{_rank()} runs in one process; start it without torchrun, which "
-            f"{', '.join(SHARED)} can share their work by\n"
-        )
-        return 2
     return _run(name, rest)
 
 
 def _run(name: str, arguments: list[str]) -> int:
     try:
-        if name in SHARED:
-            import_module("fedsafe.commands.launcher").name_slurm_tasks()
+        import_module("fedsafe.commands.launcher").name_slurm_tasks()
+        if name not in SHARED and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                f"it runs in one process; start it without torchrun or srun, by which "
+                f"{', '.join(SHARED)} can share their work"
+            )
         import_module(f"fedsafe.commands.{COMMANDS[name][0]}").run(name, arguments)
     except KeyboardInterrupt:
         sys.stderr.write(f"\nfedsafe {name} was interrupted{GO_ON.get(name, '')}\n")
@@ -92,8 +90,7 @@ def _run(name: str, arguments: list[str]) -> int:
         line = str(error).strip().splitlines()[0]
         sys.stderr.write(f"fedsafe {name}{_rank()}: another rank is gone ({line}){LOST}\n")
         return 1
-    finally:
-        _leave_the_other_ranks()
+    _leave_the_other_ranks()  # not after an error: the others would have to leave too
     return 0
 
 

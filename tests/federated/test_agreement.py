@@ -2,7 +2,7 @@ import pytest
 import torch
 from thread_peers import together
 
-from fedsafe.federated.agreement import check_agreement, check_same_adapter
+from fedsafe.federated.agreement import agreed_adapter, check_agreement, check_same_adapter
 from fedsafe.peers import ALONE, Peers
 
 
@@ -60,6 +60,17 @@ def test_swapped_values_do_not_pass_for_the_same_adapter() -> None:
 
     with pytest.raises(ValueError, match="rank 1 holds another"):
         together(2, end)
+
+
+def test_what_is_trained_together_is_the_first_ranks_and_may_differ_by_rounding_alone() -> None:
+    def end(world: Peers, change: float) -> torch.Tensor:
+        return agreed_adapter(world, torch.ones(5) + world.index * change, round_=1)
+
+    for adapter in together(2, lambda world: end(world, 1e-6)):
+        assert torch.equal(adapter, torch.ones(5))
+    with pytest.raises(ValueError, match="after round 2 rank 1 holds another global adapter"):
+        together(2, lambda world: end(world, 0.01))
+    assert torch.equal(agreed_adapter(ALONE, torch.ones(2), round_=0), torch.ones(2))
 
 
 def test_equal_adapters_pass_and_a_single_rank_has_nobody_to_differ_from() -> None:

@@ -26,6 +26,7 @@ def name_slurm_tasks() -> None:
         WORLD_SIZE=str(slurm.world_size()),
         LOCAL_RANK=str(slurm.local_rank()),
         LOCAL_WORLD_SIZE=on_node,
+        NODE_RANK=str(slurm.node_rank()),
         MASTER_ADDR=slurm.main_address,
         MASTER_PORT=str(slurm.main_port),
     )

@@ -105,6 +105,7 @@ def make_cli(arguments: list[str]) -> "FedsafeCLI":
             "reload_dataloaders_every_n_epochs": 1,
             "use_distributed_sampler": False,
             "num_sanity_val_steps": 0,
+            "inference_mode": False,  # what it makes cannot be trained on: parts of a split base
             "enable_model_summary": False,
         },
         parser_kwargs={"prog": "fedsafe", name: {"description": DESCRIPTIONS[name]}},

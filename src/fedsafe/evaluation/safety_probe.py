@@ -82,7 +82,8 @@ class SafetyProbe(Callback):
         """Every measure of the samples by its name."""
         assert isinstance(pl_module, LoraLM)
         found: dict[str, float] = {}
-        records = self._ask(pl_module)
+        with pl_module.trainer.precision_plugin.forward_context():  # as it is trained
+            records = self._ask(pl_module)
         for benchmark in self.benchmarks:
             benchmark.release()
             scores = BenchmarkScores(benchmark.measures)

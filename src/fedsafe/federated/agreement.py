@@ -10,6 +10,8 @@ from fedsafe.peers import Peers
 
 _NAMED = 5
 _BLOCK = 2**22
+_RELATIVE, _ABSOLUTE = 1e-3, 1e-5
+"""How far rounding drives apart what is trained together: far less than a step does."""
 _PRIME = 1_000_003
 
 
@@ -52,10 +54,33 @@ def check_same_adapter(world: Peers, adapter: Tensor, *, round_: int) -> None:
     Raises:
         ValueError: On every rank, with those that differ from rank 0.
     """
+    if world.size > 1:
+        everyones = world.gather(_checksum(adapter))
+        _refuse([rank for rank, each in enumerate(everyones) if each != everyones[0]], round_)
+
+
+def agreed_adapter(world: Peers, adapter: Tensor, *, round_: int) -> Tensor:
+    """The first rank's adapter, where all have trained it together.
+
+    Groups of ranks that clip gradients each by a norm of their own may differ by rounding.
+
+    Args:
+        world: All ranks.
+        adapter: As this rank has trained it, flat float32, shape ``(num_params,)``.
+        round_: Round, from 0.
+
+    Raises:
+        ValueError: On every rank, with those that differ from rank 0 by more.
+    """
     if world.size == 1:
-        return
-    everyones = world.gather(_checksum(adapter))
-    others = [rank for rank, each in enumerate(everyones) if each != everyones[0]]
+        return adapter
+    first = world.broadcast_(adapter.clone(), source=0)
+    is_close = torch.allclose(adapter, first, rtol=_RELATIVE, atol=_ABSOLUTE)
+    _refuse([rank for rank, each in enumerate(world.gather(is_close)) if not each], round_)
+    return first
+
+
+def _refuse(others: list[int], round_: int) -> None:
     if others:
         named = ", ".join(map(str, others))
         raise ValueError(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedsafe.federated.aggregation import RefusedUpdateError, dtype_of_sums
 from fedsafe.model.flat_adapter import FlatAdapter
-from fedsafe.peers import Peers
+from fedsafe.peers import ALONE, Peers
 
 
 class Correction(ABC):
@@ -57,13 +57,16 @@ class ClientDrift(ABC):
     def collect(self, client: int, correction: Correction) -> None:  # noqa: B027
         """Take back what the visit learnt; called only when its update was accepted."""
 
-    def pool(self, peers: Peers, owners: Mapping[int, int], *, like: Tensor) -> None:  # noqa: B027
+    def pool(  # noqa: B027
+        self, peers: Peers, owners: Mapping[int, int], *, like: Tensor, group: Peers = ALONE
+    ) -> None:
         """Make every peer know what any of them collected in the round; all must call.
 
         Args:
             peers: The ranks whose clients trained at the same time.
             owners: Which of the peers collected each client, in the order of the round.
             like: A flat float32 adapter; gives the shape and the device.
+            group: The ranks that train a client together, which take the first one's sums.
         """
 
     def end_round(self, num_clients: int) -> None:  # noqa: B027
@@ -177,7 +180,9 @@ class Scaffold(ClientDrift):
         self._change = so_far + change
         self.client_controls[client] = new
 
-    def pool(self, peers: Peers, owners: Mapping[int, int], *, like: Tensor) -> None:
+    def pool(
+        self, peers: Peers, owners: Mapping[int, int], *, like: Tensor, group: Peers = ALONE
+    ) -> None:
         """Add up the peers' changes; hand each client's control variate on, whoever trains it next.
 
         See the class above.
@@ -188,7 +193,7 @@ class Scaffold(ClientDrift):
             self.client_controls[client] = peers.broadcast_(control, source=owner)
         if owners:
             change = _zero_sum(like) if self._change is None else self._change
-            self._change = peers.sum_(change)
+            self._change = group.broadcast_(peers.sum_(change), source=0)
 
     def end_round(self, num_clients: int) -> None:
         """Move the server's control variate by the mean change over all clients."""

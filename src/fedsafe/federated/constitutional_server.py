@@ -80,14 +80,15 @@ class ConstitutionalServer:
     def _make_pairs(self) -> dict[str, Any]:
         started = time.perf_counter()
         places = self._data.split_prompts(self._rules.num_held_out, seed=self._seed)[0]
-        counts, self._data.ready = self._data.revise(
-            ModelSpeaker(self._module.peft_model, self._data.tokenizer),
-            places.tolist(),
-            seed=derive_seed(Stream.REVISION, self._seed),
-            file=self._file,
-            on_progress=lambda *_: None,
-            layout=self._layout,
-        )
+        with self._trainer.precision_plugin.forward_context():  # as in the visits
+            counts, self._data.ready = self._data.revise(
+                ModelSpeaker(self._module.peft_model, self._data.tokenizer),
+                places.tolist(),
+                seed=derive_seed(Stream.REVISION, self._seed),
+                file=self._file,
+                on_progress=lambda *_: None,
+                layout=self._layout,
+            )
         warn_of_nothing(counts, self._data.ready, when="before training")
         seconds = round(time.perf_counter() - started, 3)
         return {**counts.as_dict(), "seconds_revising": seconds, "seconds": seconds}

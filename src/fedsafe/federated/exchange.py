@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedsafe.federated.client_drift import Correction
 from fedsafe.federated.server import Server, Update
-from fedsafe.peers import Peers
+from fedsafe.peers import ALONE, Peers
 
 ExchangeMode = Literal["sums", "updates"]
 
@@ -51,16 +51,20 @@ class RoundExchange:
         peers: The ranks that train other clients at the same time, and this one.
         mode: `sums` or `updates`; a server that never averages needs every update on every rank,
             and gets `updates` in any case.
+        group: The ranks that train a client together.
 
     Raises:
         ValueError: If the mode is another one.
     """
 
-    def __init__(self, server: Server, peers: Peers, mode: ExchangeMode) -> None:
+    def __init__(
+        self, server: Server, peers: Peers, mode: ExchangeMode, *, group: Peers = ALONE
+    ) -> None:
         if mode not in get_args(ExchangeMode):
             raise ValueError(f"exchange is {mode!r}; give 'sums' or 'updates'")
         self._server = server
         self._peers = peers
+        self._group = group
         self._keeps = peers.size > 1 and (mode == "updates" or server.isolated)
         self._kept: dict[int, _Kept] = {}
         self._received: list[int] = []
@@ -101,7 +105,7 @@ class RoundExchange:
         if self._keeps:
             self._receive_all(owners)
         elif self._peers.size > 1:
-            self._server.pool(self._peers, self._received, owners)
+            self._server.pool(self._peers, self._received, owners, group=self._group)
         self._kept, self._received = {}, []
 
     def _receive_all(self, owners: Mapping[int, int]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedsafe.data.datamodule import GLOBAL_ADAPTER, FederatedDataModule
 from fedsafe.data.packing import TrainingBatch
-from fedsafe.federated.agreement import check_agreement, check_same_adapter
+from fedsafe.federated.agreement import agreed_adapter, check_agreement, check_same_adapter
 from fedsafe.federated.client_drift import ClientDrift
 from fedsafe.federated.constitutional_server import ConstitutionalServer
 from fedsafe.federated.constitutional_training import ConstitutionalTraining
@@ -204,11 +204,11 @@ class FederatedRounds(RoundEvaluation):
                 "rates of federated.cai, and resume or start anew"
             ) from error
         self._server_visit = None
-        trained = self._adapter.read()
+        trained = agreed_adapter(self._layout.world, self._adapter.read(), round_=self._round)
+        self._adapter.write(trained)
         change = (trained - self.server.adapter).norm().item()
         self._record |= {"cai": {**record, "update_norm": change}}
         self.server.adapter = trained
-        check_same_adapter(self._layout.world, trained, round_=self._round)
 
     def _end_round(self) -> None:
         record, self._record = self._record, {}
@@ -280,7 +280,7 @@ class FederatedRounds(RoundEvaluation):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the server, from the fresh adapter or from the checkpoint."""
         assert isinstance(pl_module, LoraLM)
-        stands = {"checkpoint.round": self._round, "checkpoint.batches": self._batches_done}
+        stands = {"round": self._round, "batches_done": self._batches_done}
         check_agreement(self._layout.world, stands)  # disks may hold different checkpoints
         self._adapter, self._optimizer = pl_module.flat_adapter(), trainer.optimizers[0]
         self.server = Server(
@@ -289,8 +289,8 @@ class FederatedRounds(RoundEvaluation):
             drift=self.client_drift,
             isolated=self.mode == "local",
         )
-        mode = exchange_of(trainer.strategy)
-        self._exchange = RoundExchange(self.server, self._layout.clients, mode)
+        mode, layout = exchange_of(trainer.strategy), self._layout
+        self._exchange = RoundExchange(self.server, layout.clients, mode, group=layout.data)
         if self._resumed is not None:
             self.server.load_state_dict(self._resumed["server"])
             self._restore(self._resumed["training"])

@@ -18,7 +18,7 @@ from fedsafe.federated.aggregation import (
 )
 from fedsafe.federated.client_drift import ClientDrift, Correction
 from fedsafe.federated.server_optimizer import ServerOptimizer
-from fedsafe.peers import Peers
+from fedsafe.peers import ALONE, Peers
 
 BYTES_PER_VALUE = 4
 """Adapters travel as float32."""
@@ -131,7 +131,14 @@ class Server:
         if self._drift and correction is not None:
             self._drift.collect(client, correction)
 
-    def pool(self, peers: Peers, received: Sequence[int], owners: Mapping[int, int]) -> None:
+    def pool(
+        self,
+        peers: Peers,
+        received: Sequence[int],
+        owners: Mapping[int, int],
+        *,
+        group: Peers = ALONE,
+    ) -> None:
         """Make the round that of all peers' clients; afterwards all peers' servers are alike.
 
         Call once a round, before failures are noted and the round is closed; all must call.
@@ -140,6 +147,8 @@ class Server:
             peers: The ranks whose clients trained at the same time.
             received: The clients that this server received, in the order in which it did.
             owners: Which of the peers received each client, in the order of the round's visits.
+            group: The ranks that train a client together. Each adds up with peers of its own, and
+                sums of other messages may differ in a last bit: they take the first one's.
         """
         assert not self.isolated, "clients that go on alone have no sum; exchange their updates"
         parts = peers.gather(self._part(received))
@@ -148,8 +157,9 @@ class Server:
         assert records.keys() == owners.keys(), "a client was trained by another rank than planned"
         accepted = {client: owner for client, owner in owners.items() if client in sketches}
         self._mean.pool(peers, [records[client]["weight"] for client in accepted])
+        group.broadcast_(self._mean.total, source=0)
         if self._drift:
-            self._drift.pool(peers, accepted, like=self.adapter)
+            self._drift.pool(peers, accepted, like=self.adapter, group=group)
         self._records = [records[client] for client in owners]
         self._sketches = [sketches[client].to(self.adapter.device) for client in accepted]
         self._bytes_up = sum(part.bytes_up for part in parts)

@@ -41,13 +41,9 @@ def check_trainer(trainer: Trainer, *, corrects_gradients: bool = False) -> None
             raise ValueError(
                 f"Trainer({name}={given!r}): rounds need {name}={value!r}, otherwise {consequence}"
             )
-    apart = layout_of(trainer.strategy).clients.size > 1
+    if layout_of(trainer.strategy).clients.size > 1:
+        _check_ranks_apart(trainer)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if apart and isinstance(callback, RoundCheckpoint) and callback.every_n_steps is not None:
-            raise ValueError(
-                f"checkpoint.every_n_steps is {callback.every_n_steps}, but ranks that train "
-                "different clients are checkpointed between rounds alone; leave it out"
-            )
         if isinstance(callback, Timer):
             raise ValueError(
                 "rounds cannot run with max_time or a Timer, which would end the run inside a "
@@ -69,6 +65,21 @@ def check_trainer(trainer: Trainer, *, corrects_gradients: bool = False) -> None
         raise ValueError(
             f"max_epochs is {trainer.max_epochs}; it is the number of rounds, give >= 1"
         )
+
+
+def _check_ranks_apart(trainer: Trainer) -> None:
+    """Refuse what ranks that train different clients cannot do."""
+    if trainer.precision == "16-mixed":
+        raise ValueError(
+            "Trainer(precision='16-mixed') scales the gradients of ranks that train different "
+            "clients differently; give 'bf16-mixed' or '32-true'"
+        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, RoundCheckpoint) and callback.every_n_steps is not None:
+            raise ValueError(
+                f"checkpoint.every_n_steps is {callback.every_n_steps}, but ranks that train "
+                "different clients are checkpointed between rounds alone; leave it out"
+            )
 
 
 def check_precision_for_drift(trainer: Trainer) -> None:

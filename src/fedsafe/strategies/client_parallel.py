@@ -1,6 +1,10 @@
 """`ClientParallelStrategy`: clients in parallel, each trained by one rank from start to end."""
 
+import signal
+import threading
 from datetime import timedelta
+from functools import partial
+from typing import Any
 
 from lightning import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
@@ -45,9 +49,11 @@ class ClientParallelStrategy(LaidOut, DDPStrategy):
         """Set up as on one device: DDP would wrap the model and send the base from rank 0."""
         ParallelStrategy.setup(self, trainer)
         # Lightning has all ranks meet before every batch, to hear of a SIGTERM to one of them; they
-        # would wait for whichever has the longer batch. Each still hears of its own SIGTERM.
+        # would wait for whichever has the longer batch. Each hears of its own SIGTERM alone.
         loop = trainer.fit_loop.epoch_loop
         loop._broadcast_sigterm_tensor = _say_nothing  # type: ignore[method-assign]
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, partial(_note_sigterm, trainer))
 
     def _setup_model(self, model: nn.Module) -> nn.Module:  # type: ignore[override]  # no wrapper
         """Make all ranks begin with the same adapter; the base each has loaded itself."""
@@ -58,3 +64,8 @@ class ClientParallelStrategy(LaidOut, DDPStrategy):
 
 def _say_nothing() -> None:
     pass
+
+
+def _note_sigterm(trainer: Trainer, *_: Any) -> None:
+    """Stop behind the batch; Lightning's own handler would speak to the others."""
+    trainer._signal_connector.received_sigterm = True

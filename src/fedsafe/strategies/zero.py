@@ -166,8 +166,8 @@ class ZeroStrategy(LaidOut, DeepSpeedStrategy):
             )
         if self.stage == 3 and model.hparams.get("quantize_4bit"):
             raise ValueError(
-                "ZeRO-3 cannot split a base in 4 bits; take configs/strategy/ddp.yaml or "
-                "zero2.yaml, or leave quantize_4bit out"
+                "ZeRO-3 cannot split a base in 4 bits; take configs/strategy/ddp.yaml, or leave "
+                "quantize_4bit out"
             )
         super().connect(model)
 
