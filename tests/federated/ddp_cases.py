@@ -76,9 +76,12 @@ def federation_of(
 class SavesOnce(RoundCheckpoint):
     """Keeps the first checkpoint, inside a visit, as a run does that is killed after it."""
 
+    has_saved = False
+
     def _save(self, trainer: Trainer) -> None:
-        if not last_checkpoint(Path(trainer.default_root_dir)).exists():
+        if not self.has_saved:  # not by the file, which rank 0 may have written already
             super()._save(trainer)
+        self.has_saved = True
 
 
 def start_and_stop(folder: Path, *, base: Path, path: Path, strategy: Any) -> None:
