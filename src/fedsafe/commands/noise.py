@@ -17,7 +17,8 @@ _WRONG_WARNINGS = (
     ".*ended before the epoch ended and your dataloader is not resumable.*",
     ".*found .* module.* in eval mode.*",
     ".*Checkpoint directory .* exists and is not empty.*",
-    # what is logged is the same on all ranks already
+    # a rank may have nothing to validate; what is logged is the same on all ranks already
+    ".*method of metric MeanMetric was called before the ..update.. method.*",
     ".*recommended to use .self.log.*sync_dist=True.*",
     # `fedsafe export` parts weights that are shared; PEFT corrects the setting for each module
     ".*tie_word_embeddings=True. and a tied layer is part of the adapter.*",
