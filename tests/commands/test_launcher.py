@@ -5,6 +5,15 @@ import pytest
 
 from fedsafe.commands.launcher import fit_to_launcher, is_first_rank, name_slurm_tasks
 
+SAID_BY_TORCHRUN = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+
 
 def test_devices_and_nodes_are_what_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
@@ -29,7 +38,7 @@ def test_a_single_process_is_the_first_rank(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def started_by_srun(monkeypatch: pytest.MonkeyPatch, **more: str) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+    for name in (*SAID_BY_TORCHRUN, "NODE_RANK"):
         monkeypatch.setenv(name, "")  # so that what is set is taken back
         monkeypatch.delenv(name)
     said = {
@@ -51,8 +60,7 @@ def started_by_srun(monkeypatch: pytest.MonkeyPatch, **more: str) -> None:
 def test_the_tasks_of_srun_are_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     started_by_srun(monkeypatch)
     name_slurm_tasks()
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    assert [os.environ[name] for name in names] == ["5", "8", "1", "4", "alpha1", "4711"]
+    assert [os.environ[name] for name in SAID_BY_TORCHRUN] == ["5", "8", "1", "4", "alpha1", "4711"]
     trainer = SimpleNamespace(devices=1, num_nodes=1)
     fit_to_launcher(trainer)
     assert (trainer.devices, trainer.num_nodes) == (4, 2)
@@ -74,3 +82,8 @@ def test_srun_must_be_told_how_many_tasks_a_node_has(monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
     with pytest.raises(ValueError, match="without saying how many on each node; give it --ntasks"):
         name_slurm_tasks()
+
+
+def test_nothing_of_srun_stays_behind() -> None:
+    """The tests above give back what they set; a rank of another node would wait for its first."""
+    assert not {"NODE_RANK", "SLURM_PROCID"} & os.environ.keys()
