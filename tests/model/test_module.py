@@ -378,3 +378,12 @@ def test_random_weights_are_drawn_on_the_cpu_wherever_the_model_will_be() -> Non
         elsewhere.configure_model()
     for (name, one), two in zip(plain.named_parameters(), elsewhere.parameters(), strict=True):
         assert torch.equal(one, two), name
+
+
+def test_a_base_with_an_adapter_on_its_embeddings_says_how_many_it_has(
+    make_module: ModuleMaker,
+) -> None:
+    module = make_module("llama", target_modules=["embed_tokens", "q_proj"])
+    module.check_data(vocab_size=64, longest=9, largest_id=63)
+    with pytest.raises(ValueError, match="a sample has token id 1000000, the base has"):
+        module.check_data(vocab_size=64, longest=9, largest_id=1_000_000)

@@ -183,7 +183,9 @@ class LoraLM(LightningModule):
             ValueError: If the base has too few embeddings or too few positions.
         """
         base: Any = self.peft_model.get_base_model()
-        num_embeddings = base.get_input_embeddings().num_embeddings
+        embeddings = base.get_input_embeddings()
+        embeddings = getattr(embeddings, "base_layer", embeddings)  # with an adapter on it
+        num_embeddings = embeddings.num_embeddings
         # a trained base may lack rows for tokens that were added later and are not in the samples
         if self.hparams["from_config"] is not None and vocab_size > num_embeddings:
             raise ValueError(
