@@ -59,10 +59,6 @@ class Peers:
             dist.broadcast(tensor, group=self.group, group_src=source)
         return tensor
 
-    def share_of(self, items: Sequence[T]) -> Sequence[T]:
-        """This rank's items, dealt like cards: number `index`, `index + size`, ..."""
-        return items[self.index :: self.size]
-
     def in_turns(self, units: Iterable[Unit], work: Callable[[Unit], T]) -> Iterator[T]:
         """Let peer ``i % size`` work on unit i; all get all results, in the order of the units.
 
