@@ -38,6 +38,17 @@ class Correction(ABC):
     def load_state_dict(self, state: dict[str, Tensor | int]) -> None:  # noqa: B027
         """Restore what `state_dict` returned."""
 
+    def sent(self) -> dict[str, Tensor]:
+        """What a client on another machine needs beside the adapter: flat vectors, by name."""
+        return {}
+
+    def learnt(self) -> dict[str, Tensor]:
+        """What that client gives back beside its adapter: flat vectors, by name."""
+        return {}
+
+    def take(self, learnt: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Know what the client's own correction has learnt."""
+
 
 class ClientDrift(ABC):
     """A correction against client drift, with whatever it remembers between rounds."""
@@ -53,6 +64,15 @@ class ClientDrift(ABC):
             client: Number of the client.
             start: Global adapter that the visit starts from, flat float32, shape ``(num_params,)``.
         """
+
+    def remote_correction(self, start: Tensor, sent: Mapping[str, Tensor]) -> Correction:
+        """The correction on the client's machine, which remembers nothing between rounds.
+
+        Args:
+            start: Global adapter that the visit starts from, flat float32, shape ``(num_params,)``.
+            sent: What `Correction.sent` gave at the server.
+        """
+        return self.correction(0, start)
 
     def collect(self, client: int, correction: Correction) -> None:  # noqa: B027
         """Take back what the visit learnt; called only when its update was accepted."""
@@ -116,9 +136,9 @@ class FedProx(ClientDrift):
 class _ControlVariates(Correction):
     """Adds ``c - c_i`` to every gradient and averages the raw ones."""
 
-    def __init__(self, server: Tensor, client: Tensor) -> None:
-        self.shift = server - client
-        self.gradient_sum = torch.zeros_like(server)
+    def __init__(self, shift: Tensor) -> None:
+        self.shift = shift
+        self.gradient_sum = torch.zeros_like(shift)
         self.num_steps = 0
 
     def apply(self, adapter: FlatAdapter) -> None:
@@ -146,6 +166,15 @@ class _ControlVariates(Correction):
         self.gradient_sum.copy_(torch.as_tensor(state["gradient_sum"]))
         self.num_steps = int(state["num_steps"])
 
+    def sent(self) -> dict[str, Tensor]:
+        return {"shift": self.shift}
+
+    def learnt(self) -> dict[str, Tensor]:
+        return {"mean_gradient": self.mean_gradient()}
+
+    def take(self, learnt: Mapping[str, Tensor]) -> None:
+        self.load_state_dict({"gradient_sum": learnt["mean_gradient"], "num_steps": 1})
+
 
 class Scaffold(ClientDrift):
     """Control variates: local gradients become ``g + c - c_i`` (Karimireddy et al. 2020).
@@ -168,7 +197,11 @@ class Scaffold(ClientDrift):
         zero = torch.zeros_like(start)
         server = zero if self.server_control is None else self.server_control.to(start.device)
         control = self.client_controls.get(client)
-        return _ControlVariates(server, zero if control is None else control.to(start.device))
+        return _ControlVariates(server - (zero if control is None else control.to(start.device)))
+
+    def remote_correction(self, start: Tensor, sent: Mapping[str, Tensor]) -> Correction:
+        """See the class; the server keeps the client's control variate and sends ``c - c_i``."""
+        return _ControlVariates(sent["shift"].to(start.device))
 
     def collect(self, client: int, correction: Correction) -> None:
         """Keep the client's new control variate; add its change to the server's sum."""

@@ -1,0 +1,1 @@
+"""Flower carries the letters between server and clients (extra `flower`)."""
