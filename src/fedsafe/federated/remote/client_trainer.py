@@ -1,0 +1,216 @@
+"""`ClientTrainer`: a node's whole part in a federation, one letter in and one letter out.
+
+Knows no engine, and remembers nothing from letter to letter but its base and its data: a node that
+was killed and started again answers as before.
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any, cast, get_args
+
+import torch
+from lightning import Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from fedsafe.data.packing import TrainingBatch
+from fedsafe.federated.client_drift import ClientDrift, Correction
+from fedsafe.federated.local_training import train_client
+from fedsafe.federated.remote.facts import (
+    HELLO,
+    VISIT,
+    Encoding,
+    Failure,
+    Greeting,
+    NodeFacts,
+    VisitOrder,
+    VisitReport,
+)
+from fedsafe.federated.remote.held_out import HeldOutLoss
+from fedsafe.federated.remote.letter import Letter
+from fedsafe.federated.remote.own_data import OwnData
+from fedsafe.federated.remote.shared_settings import library_versions, shared_settings
+from fedsafe.federated.remote.tensors import pack_adapter, unpack_adapter
+from fedsafe.federated.rounds import FederatedRounds
+from fedsafe.federated.trainer_settings import check_precision_for_drift
+from fedsafe.model.module import LoraLM
+from fedsafe.strategies.layout import LaidOut, layout_of
+
+log = logging.getLogger(__name__)
+
+_MOST_CLIENTS = 10_000_000
+_QUIET = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+class ClientTrainer:
+    """Answers the server's letters; reads its data and loads its base when it is made.
+
+    Args:
+        module: The model.
+        data: The client's own conversations.
+        rounds: The rules of a visit: its steps or epochs, the drift and the seed. Who takes part
+            and how updates are averaged is the server's.
+        trainer_settings: Settings of the Lightning Trainer: accelerator, devices, strategy,
+            precision, clipping, accumulation.
+
+    Raises:
+        ValueError: If the data cannot be read, or the model cannot read them, or the strategy is
+            one that a node cannot train under.
+    """
+
+    def __init__(
+        self,
+        module: LoraLM,
+        data: OwnData,
+        rounds: FederatedRounds,
+        *,
+        trainer_settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._module = module
+        self._data = data
+        self._rounds = rounds
+        self._trainer_settings = {**_QUIET, **(trainer_settings or {})}
+        trainer = self._make_trainer()
+        self._num_micro = trainer.accumulate_grad_batches
+        if rounds.client_drift is not None:
+            check_precision_for_drift(trainer)
+        data.layout = layout_of(trainer.strategy)
+        data.setup("fit")
+        module.configure_model()
+        module.check_data(
+            vocab_size=len(data.tokenizer), longest=data.longest, largest_id=data.largest_id
+        )
+        self._adapter = module.flat_adapter()
+        self._settings = shared_settings(
+            model=cast(Any, module.hparams),
+            data=vars(data),
+            federated=vars(rounds),
+            trainer=trainer,
+            base=module.peft_model,
+            tokenizer=data.tokenizer,
+        )
+
+    def _make_trainer(self) -> Trainer:
+        """One that trains nothing, for what it makes of the settings."""
+        trainer = Trainer(**deepcopy(self._trainer_settings))
+        if isinstance(trainer.strategy, LaidOut):
+            raise ValueError(
+                f"a node cannot train under {type(trainer.strategy).__name__}; its client's ranks "
+                "each hold the whole base: take strategy ddp, or one GPU"
+            )
+        return trainer
+
+    def answer(self, letter: Letter) -> Letter:
+        """What goes back to the server; never fails.
+
+        An error is logged here. The server is told its kind alone, for its text may quote a sample.
+        """
+        try:
+            kind = letter.facts.get("kind")
+            if kind == HELLO:
+                return self._greeted(Greeting.read(letter.facts)).letter()
+            if kind == VISIT:
+                return self._visited(VisitOrder.read(letter.facts), letter.tensors)
+            raise ValueError(f"there are no letters of kind {kind!r} to a node")
+        except Exception as error:
+            log.exception("a letter of the server could not be answered")
+            return Failure(type(error).__name__).letter()
+
+    def _greeted(self, greeting: Greeting) -> NodeFacts:
+        return NodeFacts(
+            run=greeting.run,
+            client=self._data.client,
+            num_samples=self._data.num_samples,
+            num_answer_tokens=self._data.num_answer_tokens,
+            filtered=self._data.counts(),
+            settings=self._settings,
+            versions=library_versions(),
+        )
+
+    def _visited(self, order: VisitOrder, tensors: bytes) -> Letter:
+        """Train, as `FederatedRounds` has a client trained."""
+        encoding = self._checked(order)
+        drift = self._rounds.client_drift
+        names = _names_sent(drift, num_params=self._adapter.num_params)
+        start, sent = unpack_adapter(self._adapter, tensors, names, encoding=encoding)
+        held_out = HeldOutLoss(self._data.val_dataloader() if order.validate else [])
+        told = _ToldDrift(drift, sent) if drift is not None else None
+        started = time.perf_counter()
+        update = train_client(
+            self._module,
+            self._batches(order),
+            start=start,
+            client=order.client,
+            drift=told,
+            trainer_settings={**deepcopy(self._trainer_settings), "callbacks": [held_out]},
+        )
+        report = VisitReport(
+            run=order.run,
+            ticket=order.ticket,
+            round=order.round,
+            client=order.client,
+            name=order.name,
+            loss=update.loss,
+            num_steps=update.num_steps,
+            num_tokens=update.num_tokens,
+            num_samples=self._data.num_samples,
+            num_answer_tokens=self._data.num_answer_tokens,
+            seconds=round(time.perf_counter() - started, 3),
+            start_nll=held_out.nll,
+            start_tokens=held_out.num_tokens,
+        )
+        learnt = told.learnt if told is not None else {}
+        return report.letter(pack_adapter(self._adapter, update.adapter, learnt, encoding=encoding))
+
+    def _checked(self, order: VisitOrder) -> Encoding:
+        """Refuse an order that is not for this client; returns how values travel."""
+        if order.name != self._data.client:
+            raise ValueError(f"an order for {order.name!r} came to {self._data.client!r}")
+        if not 0 <= order.client < _MOST_CLIENTS:
+            raise ValueError(f"client is {order.client}; expected 0 to {_MOST_CLIENTS - 1:,}")
+        if not 0 <= order.round < order.num_rounds:
+            raise ValueError(f"round is {order.round} of {order.num_rounds}; rounds count from 0")
+        if order.encoding not in get_args(Encoding):
+            raise ValueError(
+                f"encoding is {order.encoding!r}; known are {', '.join(get_args(Encoding))}"
+            )
+        return cast(Encoding, order.encoding)
+
+    def _batches(self, order: VisitOrder) -> DataLoader[TrainingBatch]:
+        return self._data.batches(
+            round_=order.round,
+            num_rounds=order.num_rounds,
+            number=order.number,
+            client=order.client,
+            local_steps=self._rounds.local_steps,
+            local_epochs=self._rounds.local_epochs,
+            num_micro=self._num_micro,
+            seed=self._rounds.seed,
+        )
+
+
+class _ToldDrift(ClientDrift):
+    """The drift of one visit, by what the server sent; keeps what goes back."""
+
+    def __init__(self, rule: ClientDrift, sent: Mapping[str, Tensor]) -> None:
+        self._rule = rule
+        self._sent = sent
+        self.learnt: dict[str, Tensor] = {}
+
+    def correction(self, client: int, start: Tensor) -> Correction:
+        return self._rule.remote_correction(start, self._sent)
+
+    def collect(self, client: int, correction: Correction) -> None:
+        self.learnt = correction.learnt()
+
+
+def _names_sent(drift: ClientDrift | None, *, num_params: int) -> list[str]:
+    """Names of the vectors that the server sends beside the adapter."""
+    return list(drift.correction(0, torch.zeros(num_params)).sent()) if drift is not None else []
