@@ -31,7 +31,9 @@ def test_questions_keep_their_ids_and_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        pytest.param({"turns": None}, "line 1: has no `turns`; its columns: question_id", id="no"),
+        pytest.param(
+            {"turns": None}, r"line 1: has no `turns` \(its columns: question_id", id="no"
+        ),
         pytest.param({"turns": ["a"]}, "`turns` has 1 entries; a question has 2", id="one turn"),
         pytest.param({"turns": ["a", " "]}, "`turns` has 2 entries", id="empty turn"),
         pytest.param({"turns": "a"}, "`turns` is text of 1 characters, not a list", id="text"),

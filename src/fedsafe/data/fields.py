@@ -36,6 +36,13 @@ def refuse_misspelt(fields: dict[str, Any], known: Collection[str]) -> None:
             raise BadRowError(f"has a column `{name}`; rename it to `{close}`, or drop it")
 
 
+def require(fields: dict[str, Any], names: Iterable[str]) -> None:
+    """Columns without which a row cannot be used."""
+    for name in names:
+        if name not in fields:
+            raise BadRowError(f"has no `{name}` (its columns: {shortened(fields)})")
+
+
 def text_of(fields: dict[str, Any], name: str, *, may_be_empty: bool = False) -> str:
     """A field that must be text."""
     value = fields[name]

@@ -14,7 +14,7 @@ from fedsafe.data.fields import (
     BadRowError,
     fields_of,
     refuse_misspelt,
-    shortened,
+    require,
     text_of,
     turns_of,
     unread_in_turns,
@@ -67,9 +67,7 @@ def _pair(
         unread = set(sample["ignored"].split(", ")) if sample["ignored"] else set()
         return PreferencePair(prompt, answer, None, source, row), unread
     refuse_misspelt(fields, _FORMAT)
-    for name in ("chosen", "rejected") if need_rejected else ("chosen",):
-        if name not in fields:
-            raise BadRowError(f"has no `{name}` (its columns: {shortened(fields)})")
+    require(fields, ("chosen", "rejected") if need_rejected else ("chosen",))
     prompt, chosen = _exchange(fields, "chosen")
     worse = None
     if "rejected" in fields:

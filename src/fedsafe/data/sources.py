@@ -26,6 +26,7 @@ from fedsafe.data.fields import (
     fields_of,
     kind,
     refuse_misspelt,
+    require,
     shortened,
     text_of,
     turns_of,
@@ -353,9 +354,8 @@ def _format_of(fields: dict[str, Any]) -> tuple[str, ...]:
         if fields.keys() >= set(names):
             return names
     for names in _FORMATS.values():
-        missing = [name for name in names if name not in fields]
-        if len(missing) < len(names):
-            raise BadRowError(f"has no `{missing[0]}` (its columns: {shortened(fields)})")
+        if fields.keys() & set(names):
+            require(fields, names)
     raise BadRowError(
         f"is in none of the formats {', '.join(_FORMATS)}; its columns: {shortened(fields)}"
     )

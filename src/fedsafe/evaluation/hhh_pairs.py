@@ -2,7 +2,7 @@
 
 from typing import Literal, NamedTuple
 
-from fedsafe.data.fields import BadRowError, fields_of, refuse_misspelt, shortened, text_of
+from fedsafe.data.fields import BadRowError, fields_of, refuse_misspelt, require, shortened, text_of
 from fedsafe.data.hh_rlhf import refuse_empty, turns_of_transcript
 from fedsafe.data.rows import read_rows
 from fedsafe.types import Conversation
@@ -52,9 +52,7 @@ def load_pairs(
 def _pair(record: object, source: str, row: int) -> tuple[Pair, set[str]]:
     fields = fields_of(record)
     refuse_misspelt(fields, COLUMNS)
-    for name in COLUMNS:
-        if name not in fields:
-            raise BadRowError(f"has no `{name}` (its columns: {shortened(fields)})")
+    require(fields, COLUMNS)
     category, query, chosen, rejected = (text_of(fields, name) for name in COLUMNS)
     if category not in CATEGORIES:
         raise BadRowError(

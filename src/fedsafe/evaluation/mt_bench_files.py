@@ -6,7 +6,15 @@ are read from the `replies/` of a run too.
 
 from typing import Any, NamedTuple
 
-from fedsafe.data.fields import BadRowError, fields_of, kind, refuse_misspelt, shortened, text_of
+from fedsafe.data.fields import (
+    BadRowError,
+    fields_of,
+    kind,
+    refuse_misspelt,
+    require,
+    shortened,
+    text_of,
+)
 from fedsafe.data.rows import read_rows
 
 NUM_TURNS = 2
@@ -55,9 +63,7 @@ def load_answers(path: str) -> dict[str, list[str]]:
 def _question(record: object, source: str, row: int) -> tuple[Question, set[str]]:
     fields = fields_of(record)
     refuse_misspelt(fields, _QUESTION_FIELDS)
-    for name in _QUESTION_FIELDS:
-        if name not in fields:
-            raise BadRowError(f"has no `{name}`; its columns: {shortened(fields)}")
+    require(fields, _QUESTION_FIELDS)
     turns = _texts(fields, "turns")
     if len(turns) != NUM_TURNS or not all(turn.strip() for turn in turns):
         raise BadRowError(

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
-from fedsafe.data.fields import BadRowError, fields_of, refuse_misspelt, shortened
+from fedsafe.data.fields import fields_of, refuse_misspelt, require
 from fedsafe.data.rows import read_rows
 from fedsafe.evaluation.prompt_benchmark import Item
 
@@ -34,9 +34,7 @@ def read_items(
     def parse(record: object, source: str, row: int) -> tuple[Item, set[str]]:
         fields = fields_of(record, optional=unread)
         refuse_misspelt(fields, [*columns, *unread])
-        for name in columns:
-            if name not in fields:
-                raise BadRowError(f"has no `{name}`; its columns: {shortened(fields_of(record))}")
+        require(fields_of(record), columns)
         return item_of(fields, row), fields.keys() - {*columns, *unread}
 
     return read_rows(path, parse, split=split, on_bad_row=on_bad_row, rejected=None)
