@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from mt_bench_rows import CATEGORIES, NOBODY, answers, ask_all, questions, write_rows
+from mt_bench_rows import CATEGORIES, NOBODY, answers, ask_all, questions
 from scripted_judge import ScriptedJudge
 from scripted_speaker import ScriptedSpeaker
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,18 +22,9 @@ from fedsafe.evaluation.result_files import write_records
 from fedsafe.model.generation import generate_answers
 from fedsafe.types import Conversation, Turn
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 Write = Callable[..., str]
-
-
-@pytest.fixture(autouse=True)
-def cache(own_cache: Path) -> Path:
-    return own_cache
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    """Write rows to a file, a question of each category where none are given."""
-    return lambda name="question.jsonl", rows=(): write_rows(tmp_path / name, rows or questions())
 
 
 @pytest.fixture

@@ -1,28 +1,18 @@
 """MT-Bench's ratings and comparisons, of replies in a file and with a scripted judge."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-from mt_bench_rows import answers, ask_all, questions, write_rows
+from mt_bench_rows import answers, ask_all
 from scripted_judge import ScriptedJudge
 
 from fedsafe.evaluation.judge import Judgement
 from fedsafe.evaluation.mt_bench import MTBench
 from fedsafe.evaluation.scores import BenchmarkScores
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 Write = Callable[..., str]
-
-
-@pytest.fixture(autouse=True)
-def cache(own_cache: Path) -> Path:
-    return own_cache
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    """Write rows to a file, a question of each category where none are given."""
-    return lambda name="question.jsonl", rows=(): write_rows(tmp_path / name, rows or questions())
 
 
 @pytest.fixture

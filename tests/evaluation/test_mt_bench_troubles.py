@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from mt_bench_rows import answers, ask_all, write_rows
+from mt_bench_rows import answers, ask_all
 from openai_server import OpenAIServer, Response, Script, error, late, says
 
 from fedsafe.evaluation.mt_bench import MTBench
@@ -12,19 +12,9 @@ from fedsafe.evaluation.openai_judge import OpenAIJudge
 from fedsafe.evaluation.scores import BenchmarkScores
 
 pytest.importorskip("openai")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 Write = Callable[..., str]
-
-
-@pytest.fixture(autouse=True)
-def cache(own_cache: Path) -> Path:
-    return own_cache
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    """Write rows to a file."""
-    return lambda name="question.jsonl", rows=(): write_rows(tmp_path / name, rows)
 
 
 TROUBLES: dict[str, tuple[Response, int, str | None]] = {
