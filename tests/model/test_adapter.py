@@ -1,4 +1,3 @@
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from fedsafe.model.adapter import (
     save_adapter,
 )
 from fedsafe.model.generation import generating
-from fedsafe.model.lora import save_random_base
 from fedsafe.model.module import LoraLM
 
 ModuleMaker = Callable[..., LoraLM]
@@ -26,7 +24,7 @@ def test_saved_files_load_with_peft_and_give_the_same_logits(
     make_module: ModuleMaker, tmp_path: Path, family: str
 ) -> None:
     module = make_module(family)
-    save_random_base(module.peft_model, tmp_path / "base")
+    module.make_base().save_pretrained(tmp_path / "base")
     save_adapter(module.peft_model, tmp_path / "adapter")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     ids = torch.tensor([[5, 9, 2, 40, 3]])
@@ -36,8 +34,6 @@ def test_saved_files_load_with_peft_and_give_the_same_logits(
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     torch.testing.assert_close(loaded(ids).logits, expected, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(plain, expected, atol=1e-2), "the adapter changes nothing"
-    named = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert named["base_model_name_or_path"] == str(tmp_path / "base")
 
 
 def test_saving_again_replaces_every_file_and_leaves_no_scratch(

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from fedsafe.model import lora
 from fedsafe.model.adapter import save_adapter
-from fedsafe.model.lora import adaptable_module_names, add_lora, load_base, save_random_base
+from fedsafe.model.lora import adaptable_module_names, add_lora, load_base
 
 LLAMA = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 LLAMA |= {"num_attention_heads": 2, "num_key_value_heads": 1}
@@ -186,14 +186,6 @@ def test_four_bits_without_a_gpu_are_refused(
 def test_four_bits_of_a_random_base_are_refused() -> None:
     with pytest.raises(ValueError, match="quantize_4bit loads trained weights"):
         load_base("llama", from_config=LLAMA, quantize_4bit=True)
-
-
-def test_a_saved_random_base_is_the_base_without_its_adapter(tmp_path: Path) -> None:
-    adapted = add_lora(load_base("llama", from_config=LLAMA, seed=7), **LORA)
-    save_random_base(adapted, tmp_path / "base")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    assert same(loaded, load_base("llama", from_config=LLAMA, seed=7))
-    assert adapted.peft_config["default"].base_model_name_or_path == str(tmp_path / "base")
 
 
 @pytest.mark.parametrize("values", [{"hidden_size": "wide"}, {"hidden_size": 30}])

@@ -9,7 +9,6 @@ References:
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -124,22 +123,6 @@ def add_lora(
     assert isinstance(adapted, PeftModel)
     spare_casts(adapted)
     return adapted
-
-
-def save_random_base(model: PeftModel, folder: Path) -> None:
-    """Write the frozen base of an adapted model, and make the adapter's files name it.
-
-    For a base with random weights, which exists nowhere else.
-    """
-    base: Any = model.get_base_model()
-    weights = {
-        name.replace(".base_layer.", "."): tensor
-        for name, tensor in base.state_dict().items()
-        if "lora_" not in name
-    }
-    base.save_pretrained(folder, state_dict=weights)
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = str(folder)
 
 
 def adaptable_module_names(model: nn.Module) -> list[str]:
