@@ -58,7 +58,7 @@ def distributions(requirements: str) -> set[str]:
 def test_what_is_imported_is_required_and_pinned(setup_cfg: configparser.ConfigParser) -> None:
     required = distributions(setup_cfg["options"]["install_requires"])
     extras = setup_cfg["options.extras_require"]
-    optional = distributions(extras["vllm"] + extras["judge"])
+    optional = distributions(extras["vllm"] + extras["judge"] + extras["flower"])
     assert imported(at_once=True) <= required
     assert imported() <= required | optional
     pinned = re.findall(r"^([\w-]+)==", (REPOSITORY / "requirements.txt").read_text(), re.MULTILINE)
