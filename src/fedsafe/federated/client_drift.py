@@ -20,6 +20,9 @@ from fedsafe.peers import ALONE, Peers
 class Correction(ABC):
     """What one visit adds to its gradients, step by step."""
 
+    learns: tuple[str, ...] = ()
+    """Names of what `learnt` gives."""
+
     @abstractmethod
     def apply(self, adapter: FlatAdapter) -> None:
         """Change the adapter's gradients in place, before the optimizer steps."""
@@ -135,6 +138,8 @@ class FedProx(ClientDrift):
 
 class _ControlVariates(Correction):
     """Adds ``c - c_i`` to every gradient and averages the raw ones."""
+
+    learns = ("mean_gradient",)
 
     def __init__(self, shift: Tensor) -> None:
         self.shift = shift

@@ -5,16 +5,45 @@ from dataclasses import replace
 from typing import Any
 from warnings import warn
 
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 
 from fedsafe.data.datamodule import FederatedDataModule
+from fedsafe.federated.constitutional_training import ConstitutionalTraining
 from fedsafe.federated.schedule import Schedule, num_sampled
 from fedsafe.federated.sharing import Share
+from fedsafe.model.module import LoraLM
 from fedsafe.strategies.layout import Layout
 
 
+def checked_data(
+    trainer: Trainer, module: LightningModule, *, cai: ConstitutionalTraining | None
+) -> FederatedDataModule:
+    """The Trainer's data, if it goes with the model and with the rules of `federated.cai`.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(module, LoraLM) or not isinstance(data, FederatedDataModule):
+        raise ValueError(
+            "FederatedRounds trains a LoraLM on a FederatedDataModule; got "
+            f"{type(module).__name__} and {type(data).__name__}"
+        )
+    if (cai is None) != (data.cai is None):
+        raise ValueError(
+            "constitutional training needs data.cai, its data, and federated.cai, its rules; "
+            f"only {'data' if cai is None else 'federated'}.cai is given"
+        )
+    return data
+
+
 def make_schedule(
-    settings: Mapping[str, Any], *, trainer: Trainer, data: FederatedDataModule, layout: Layout
+    settings: Mapping[str, Any],
+    *,
+    trainer: Trainer,
+    data: FederatedDataModule,
+    layout: Layout,
+    elsewhere: bool = False,
 ) -> Schedule:
     """Who trains when, and what of it falls to this rank.
 
@@ -23,6 +52,7 @@ def make_schedule(
         trainer: Its `max_epochs` is the number of rounds.
         data: Gives the partition.
         layout: Who does what.
+        elsewhere: Clients train on other machines.
     """
     assert trainer.max_epochs is not None
     cai = settings["cai"]
@@ -37,7 +67,8 @@ def make_schedule(
         failure_probability=settings["failure_probability"],
         seed=settings["seed"],
         server_visits=cai.server_visits if cai is not None else "none",
-        sample_tokens=data.store.lengths,
+        sample_tokens=None if elsewhere else data.store.lengths,
+        elsewhere=elsewhere,
     )
     if settings["mode"] == "central":
         federation = federation.in_one_place()

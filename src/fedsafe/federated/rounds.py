@@ -17,7 +17,7 @@ from typing import Any, Literal
 from lightning import LightningModule, Trainer
 from torch import Tensor
 
-from fedsafe.data.datamodule import GLOBAL_ADAPTER, FederatedDataModule
+from fedsafe.data.datamodule import GLOBAL_ADAPTER
 from fedsafe.data.packing import TrainingBatch
 from fedsafe.federated.agreement import agreed_adapter, check_agreement, check_same_adapter
 from fedsafe.federated.client_drift import ClientDrift
@@ -25,7 +25,7 @@ from fedsafe.federated.constitutional_server import ConstitutionalServer
 from fedsafe.federated.constitutional_training import ConstitutionalTraining
 from fedsafe.federated.exchange import RoundExchange
 from fedsafe.federated.local_training import LocalTraining
-from fedsafe.federated.planning import make_schedule, weight_of
+from fedsafe.federated.planning import checked_data, make_schedule, weight_of
 from fedsafe.federated.round_evaluation import RoundEvaluation
 from fedsafe.federated.round_identity import (
     identity_of_run,
@@ -34,8 +34,8 @@ from fedsafe.federated.round_identity import (
     settings_of_rank,
 )
 from fedsafe.federated.round_log import RoundLog
-from fedsafe.federated.run_files import client_folder, save_adapters, save_base_with_tokenizer
-from fedsafe.federated.schedule import RoundPlan
+from fedsafe.federated.run_files import own_adapters, save_adapters, save_base_with_tokenizer
+from fedsafe.federated.schedule import RoundPlan, Schedule
 from fedsafe.federated.server import Server
 from fedsafe.federated.server_optimizer import FedAvg, ServerOptimizer
 from fedsafe.federated.server_steps import NonFiniteLossError
@@ -65,6 +65,8 @@ class FederatedRounds(RoundEvaluation):
         failure_probability: Chance that a sampled client fails and returns nothing, 0 to 1.
         seed: Seed of the sampled clients, of their batches' order and of failures.
     """
+
+    _bytes_per_value = 4
 
     def __init__(  # noqa: PLR0913
         self,
@@ -181,14 +183,17 @@ class FederatedRounds(RoundEvaluation):
 
     def _aggregate(self) -> None:
         self._exchange.settle(self._plan.owners)
-        for visit in self._plan.visits:
-            if visit.failed:
-                self.server.note_failure(self._partition.names[visit.client])
+        self._note_failures()
         self._record = self.server.close_round(num_clients=self._partition.num_holding)
         if self.mode != "federated":
             self._record |= {"bytes_up": 0, "bytes_down": 0}  # no adapter travels
         check_same_adapter(self._layout.world, self.server.adapter, round_=self._round)
         self._adapter.write(self.server.adapter)
+
+    def _note_failures(self) -> None:
+        for visit in self._plan.visits:
+            if visit.failed:
+                self.server.note_failure(self._partition.names[visit.client])
 
     def _visit_server(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Train the average on revised answers, or go on where a checkpoint left off."""
@@ -244,29 +249,21 @@ class FederatedRounds(RoundEvaluation):
         if not self._fitting:
             return
         check_trainer(trainer, corrects_gradients=self.client_drift is not None)
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        if not isinstance(pl_module, LoraLM) or not isinstance(data, FederatedDataModule):
-            raise ValueError(
-                "FederatedRounds trains a LoraLM on a FederatedDataModule; got "
-                f"{type(pl_module).__name__} and {type(data).__name__}"
-            )
-        self._data = data
-        if (self.cai is None) != (data.cai is None):
-            raise ValueError(
-                "constitutional training needs data.cai, its data, and federated.cai, its rules; "
-                f"only {'data' if self.cai is None else 'federated'}.cai is given"
-            )
+        self._data = data = checked_data(trainer, pl_module, cai=self.cai)
         given = settings_of_rank(
             vars(self), trainer=trainer, model=pl_module.hparams, layout=self._layout
         )
         check_agreement(self._layout.world, {**data.identity(), **given})
-        self._schedule = make_schedule(vars(self), trainer=trainer, data=data, layout=self._layout)
+        self._schedule = self._make_schedule(trainer)
         self._partition = self._schedule.partition
         data.schedule = self._schedule
         num_adapters = self._schedule.clients_per_round if self.mode == "local" else 1
         data.validated_clients = [GLOBAL_ADAPTER] * num_adapters
         self._log = RoundLog(Path(trainer.default_root_dir) / "rounds.jsonl")
         self._go_to(0, batches_done=0)
+
+    def _make_schedule(self, trainer: Trainer) -> Schedule:
+        return make_schedule(vars(self), trainer=trainer, data=self._data, layout=self._layout)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse samples that the model cannot read."""
@@ -288,6 +285,7 @@ class FederatedRounds(RoundEvaluation):
             optimizer=self.server_optimizer,
             drift=self.client_drift,
             isolated=self.mode == "local",
+            bytes_per_value=self._bytes_per_value,
         )
         mode, layout = exchange_of(trainer.strategy), self._layout
         self._exchange = RoundExchange(self.server, layout.clients, mode, group=layout.data)
@@ -387,14 +385,10 @@ class FederatedRounds(RoundEvaluation):
         assert isinstance(pl_module, LoraLM)
         if not trainer.is_global_zero:
             return
-        run_dir, own = Path(trainer.default_root_dir), self.server.own_adapters
-        adapters = {run_dir / "adapter": self.server.adapter}
+        run_dir, adapters = Path(trainer.default_root_dir), {"adapter": self.server.adapter}
         if self.mode == "local":
-            clients = [v.client for v in self._schedule.plan(self._round - 1).visits]
-            adapters = {
-                run_dir / "adapters" / client_folder(k, self._partition.names[k]): own[k]
-                for k in clients
-                if k in own
-            }
-        views = {folder: self._adapter.named_views(x) for folder, x in adapters.items()}
+            visits = self._schedule.plan(self._round - 1).visits
+            names = {visit.client: self._partition.names[visit.client] for visit in visits}
+            adapters = own_adapters(self.server.own_adapters, names)
+        views = {run_dir / name: self._adapter.named_views(x) for name, x in adapters.items()}
         save_adapters(pl_module.peft_model, self._data.tokenizer, views)

@@ -25,6 +25,17 @@ def client_folder(client: int, name: str) -> str:
     return f"{client:04d}-{safe}" if safe else f"{client:04d}"
 
 
+def own_adapters(adapters: Mapping[int, Tensor], names: Mapping[int, str]) -> dict[str, Tensor]:
+    """The adapters of clients that go on alone, by the folders that they are kept in.
+
+    Args:
+        adapters: By client, those that there are.
+        names: Names of the clients that are wanted.
+    """
+    wanted = {client: name for client, name in names.items() if client in adapters}
+    return {f"adapters/{client_folder(k, name)}": adapters[k] for k, name in wanted.items()}
+
+
 def save_base_with_tokenizer(
     module: LoraLM, tokenizer: PreTrainedTokenizerBase, *, folder: Path
 ) -> None:

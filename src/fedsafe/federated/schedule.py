@@ -104,7 +104,7 @@ class BatchKey(NamedTuple):
 
     @property
     def is_idle(self) -> bool:
-        """Whether this changes nothing: other ranks have longer visits."""
+        """Whether this changes nothing: other ranks, or other machines, train meanwhile."""
         return self.client == NOBODY
 
     @property
@@ -127,9 +127,9 @@ class BatchKey(NamedTuple):
 class RoundPlan:
     """The visits of one round, in order, and the batches of those that fall to one rank.
 
-    All ranks have the same number of batches; one whose visits are over idles. A server visit is
-    one batch without samples, after all others: how many steps it takes is not known when the round
-    begins.
+    All ranks have the same number of batches; one whose visits are over idles. Where clients train
+    elsewhere, all of their visits are one idle batch here. A server visit is one batch without
+    samples, after all others: how many steps it takes is not known when the round begins.
     """
 
     schedule: "Schedule"
@@ -147,6 +147,8 @@ class RoundPlan:
 
     @cached_property
     def _own_visits(self) -> list[Visit]:
+        if self.schedule.elsewhere:
+            return []
         return [v for v in self.visits if self.owners.get(v.client) == self.schedule.share.group]
 
     @cached_property
@@ -157,6 +159,8 @@ class RoundPlan:
     @cached_property
     def num_client_batches(self) -> int:
         """Batches of the round for clients, on any rank: of the group with the most."""
+        if self.schedule.elsewhere:
+            return 1
         sums = [0] * self.schedule.share.num_groups
         for visit in self.visits:
             if not visit.failed:
@@ -219,6 +223,8 @@ class Schedule:
         sample_tokens: Tokens of each sample, shape ``(num_samples,)``, by which visits are spread
             evenly over groups of ranks; None counts each sample as one.
         share: What falls to this rank.
+        elsewhere: Clients train on other machines. Which of them are there is known only when a
+            round begins: fewer than `clients_per_round` are all sampled.
 
     Raises:
         ValueError: If a number is out of range, or not exactly one of `local_steps` and
@@ -237,11 +243,13 @@ class Schedule:
     server_visits: ServerVisitRounds = "none"
     sample_tokens: NDArray[np.int32] | None = None
     share: Share = WHOLE
+    elsewhere: bool = False
 
     def __post_init__(self) -> None:
         """Check what the user chose."""
         num_holding = self.partition.num_holding
-        if not 1 <= self.clients_per_round <= num_holding:
+        enough = self.elsewhere or self.clients_per_round <= num_holding
+        if self.clients_per_round < 1 or not enough:
             all_clients = len(self.partition)
             there_are = (
                 f"there are {all_clients} clients"
@@ -271,7 +279,8 @@ class Schedule:
         its own.
         """
         rng = random_stream(Stream.CLIENTS, self.seed, round_)
-        drawn = rng.choice(len(self._holding), self.clients_per_round, replace=False)
+        there = len(self._holding)
+        drawn = rng.choice(there, min(self.clients_per_round, there), replace=False)
         clients = sorted(self._holding[drawn].tolist())
         visits = [self._visit(round_, number, client) for number, client in enumerate(clients)]
         last = round_ == self.num_rounds - 1

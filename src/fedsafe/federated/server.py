@@ -4,7 +4,7 @@ Knows nothing of models, data or Lightning; updates come in one by one and are n
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ from fedsafe.federated.client_drift import ClientDrift, Correction
 from fedsafe.federated.server_optimizer import ServerOptimizer
 from fedsafe.peers import ALONE, Peers
 
-BYTES_PER_VALUE = 4
-"""Adapters travel as float32."""
+NotAccepted = Literal["failed", "late", "refused"]
+"""What became of a visit whose update is not in the mean."""
 
 
 class Update(NamedTuple):
@@ -54,6 +54,7 @@ class Server:
         optimizer: What to do with the clients' mean.
         drift: Correction against client drift, or None.
         isolated: Never average: each client goes on from its own adapter (the baseline `local`).
+        bytes_per_value: How adapters travel: 4 as float32, 2 as bfloat16.
     """
 
     def __init__(
@@ -63,12 +64,14 @@ class Server:
         optimizer: ServerOptimizer,
         drift: ClientDrift | None,
         isolated: bool = False,
+        bytes_per_value: int = 4,
     ) -> None:
         self.adapter = start
         self.own_adapters: dict[int, Tensor] = {}
         self.isolated = isolated
         self._optimizer = optimizer
         self._drift = drift
+        self._bytes_per_value = bytes_per_value
         optimizer.load_state_dict({})  # an earlier run may have left some
         if drift:
             drift.load_state_dict({})
@@ -94,6 +97,7 @@ class Server:
         weight: float,
         num_samples: int,
         correction: Correction | None = None,
+        seconds: float | None = None,
     ) -> None:
         """Take one client's update into the mean, or refuse it and say why in the record.
 
@@ -104,6 +108,7 @@ class Server:
             weight: Its weight in the mean, > 0.
             num_samples: Samples that it holds, for the record.
             correction: The visit's correction, with what it learnt.
+            seconds: Time that it took on a machine of its own, for the record.
         """
         record = {
             "client": name,
@@ -113,9 +118,10 @@ class Server:
             "steps": update.num_steps,
             "tokens": update.num_tokens,
             "loss": update.loss,
+            **({} if seconds is None else {"seconds": seconds}),
         }
         self._records.append(record)
-        self._count_bytes(up=True)
+        self.count_bytes(up=self.bytes_of_visit, down=self.bytes_of_visit)
         try:
             if correction is not None:
                 correction.check()
@@ -171,10 +177,36 @@ class Server:
         sketches = dict(zip(accepted, [s.cpu() for s in self._sketches], strict=True))
         return _Part(records, sketches, self._bytes_up, self._bytes_down)
 
-    def note_failure(self, name: str) -> None:
-        """Record a client that got the global adapter and gave nothing back."""
-        self._records.append({"client": name, "status": "failed"})
-        self._count_bytes(up=False)
+    def note_failure(
+        self,
+        name: str,
+        status: NotAccepted = "failed",
+        *,
+        reason: str | None = None,
+        was_sent: bool = True,
+    ) -> None:
+        """Record a client that gave nothing back that counts.
+
+        Args:
+            name: Name of the client.
+            status: What became of its visit.
+            reason: Why; None where there is none but chance.
+            was_sent: Whether it got the global adapter.
+        """
+        why = {} if reason is None else {"reason": reason}
+        self._records.append({"client": name, "status": status, **why})
+        self.count_bytes(down=self.bytes_of_visit if was_sent else 0)
+
+    @property
+    def bytes_of_visit(self) -> int:
+        """What travels to a client, and as much back."""
+        vectors = self._drift.vectors_on_the_wire if self._drift else 1
+        return vectors * self.adapter.numel() * self._bytes_per_value
+
+    def count_bytes(self, *, up: int = 0, down: int = 0) -> None:
+        """Add what travelled to the round's bytes."""
+        self._bytes_up += up
+        self._bytes_down += down
 
     def close_round(self, *, num_clients: int) -> dict[str, Any]:
         """Form the next global adapter.
@@ -234,12 +266,6 @@ class Server:
         self._records = []
         self._sketches = []
         self._bytes_up = self._bytes_down = 0
-
-    def _count_bytes(self, *, up: bool) -> None:
-        vectors = self._drift.vectors_on_the_wire if self._drift else 1
-        size = vectors * self.adapter.numel() * BYTES_PER_VALUE
-        self._bytes_down += size
-        self._bytes_up += size if up else 0
 
     def _round_record(self, change: Tensor) -> dict[str, Any]:
         accepted = [record for record in self._records if record["status"] == "ok"]
