@@ -5,6 +5,7 @@ was killed and started again answers as before.
 """
 
 import logging
+import os
 import time
 from collections.abc import Mapping
 from copy import deepcopy
@@ -104,6 +105,11 @@ class ClientTrainer:
             raise ValueError(
                 f"a node cannot train under {type(trainer.strategy).__name__}; its client's ranks "
                 "each hold the whole base: take strategy ddp, or one GPU"
+            )
+        if trainer.world_size > 1 and "WORLD_SIZE" not in os.environ:
+            raise ValueError(
+                f"trainer.devices is {trainer.num_devices}, and a node's ranks are started by the "
+                "node: give it --num_ranks, or devices 1"
             )
         return trainer
 

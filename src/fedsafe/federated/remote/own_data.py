@@ -27,7 +27,7 @@ class OwnData(FederatedDataModule):
 
     Args:
         client: Name of the client.
-        folder: Where `rejected.jsonl` goes; None writes none.
+        folder: Where the filter's verdicts and `rejected.jsonl` go; None writes none.
         settings: As of `FederatedDataModule`.
 
     Raises:
@@ -35,16 +35,23 @@ class OwnData(FederatedDataModule):
     """
 
     def __init__(self, client: str, *, folder: Path | None = None, **settings: Any) -> None:
-        if settings.get("train_tokenizer") is not None:
+        super().__init__(**settings)
+        if self.train_tokenizer is not None:
             raise ValueError(
-                f"train_tokenizer is {settings['train_tokenizer']}, and each node would train a "
+                f"train_tokenizer is {self.train_tokenizer}, and each node would train a "
                 "vocabulary of its own; train one, and give its folder as data.tokenizer"
             )
-        super().__init__(**settings | {"partition": _AllMine(client), "cai": None})
+        self.partitioner, self.cai = _AllMine(client), None
         self.client = client
         self.layout = ONE_RANK
         """The ranks that train the client together."""
         self._folder = folder
+
+    def setup(self, stage: str) -> None:
+        """Read and filter; write down what the filter did."""
+        super().setup(stage)
+        if self._folder is not None and self.layout.world.index == 0:
+            self.write_verdicts(self._folder)
 
     @property
     def num_samples(self) -> int:
@@ -127,8 +134,9 @@ class OwnData(FederatedDataModule):
         return samples.select(mine)
 
     def _rejected_file(self) -> Path | None:
-        is_first = self.layout.world.index == 0
-        return self._folder / self._rejected_name if self._folder and is_first else None
+        if self._folder is None or self.layout.world.index > 0:
+            return None
+        return self._folder / self._rejected_name
 
 
 class _AllMine(Partitioner):
