@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from fedsafe import __version__
+from fedsafe.commands.launcher import own_rank
 
 COMMANDS = {
     "fit": ("training", "train an adapter on the clients' conversations, round by round"),
@@ -96,8 +97,7 @@ def _run(name: str, arguments: list[str]) -> int:
 
 def _rank() -> str:
     """Says which of several processes failed, but for the first."""
-    rank = os.environ.get("RANK", "0")
-    return f" (rank {rank})" if rank != "0" else ""
+    return f" (rank {own_rank()})" if own_rank() else ""
 
 
 def _is_loss_of_a_rank(error: RuntimeError) -> bool:

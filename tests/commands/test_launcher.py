@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fedsafe.commands.launcher import fit_to_launcher, is_first_rank, name_slurm_tasks
+from fedsafe.commands.launcher import fit_to_launcher, is_first_rank, name_slurm_tasks, own_rank
 
 SAID_BY_TORCHRUN = (
     "RANK",
@@ -32,9 +32,9 @@ def test_without_a_launcher_the_settings_stay(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_single_process_is_the_first_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
-    assert is_first_rank()
+    assert (own_rank(), is_first_rank()) == (0, True)
     monkeypatch.setenv("RANK", "1")
-    assert not is_first_rank()
+    assert (own_rank(), is_first_rank()) == (1, False)
 
 
 def started_by_srun(monkeypatch: pytest.MonkeyPatch, **more: str) -> None:

@@ -32,9 +32,14 @@ def name_slurm_tasks() -> None:
     )
 
 
+def own_rank() -> int:
+    """The number of this process among those of the run; 0 where it is the only one."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_first_rank() -> bool:
     """Whether this process is the first of the run, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
+    return own_rank() == 0
 
 
 def fit_to_launcher(trainer: Any) -> None:
