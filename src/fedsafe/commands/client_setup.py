@@ -27,7 +27,7 @@ _TRAINER = (
     "detect_anomaly",
     "plugins",
 )
-"""What a visit takes from the section `trainer`; the rest is about rounds, which are the server's."""
+"""What a visit takes from the section `trainer`; the rest is about rounds."""
 
 
 def make_client_trainer(arguments: list[str], *, name: str) -> ClientTrainer:

@@ -7,12 +7,12 @@ was killed and started again answers as before.
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any, cast, get_args
 
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -77,6 +77,7 @@ class ClientTrainer:
         self._module = module
         self._data = data
         self._rounds = rounds
+        self._is_training = False
         self._trainer_settings = {**_QUIET, **(trainer_settings or {})}
         trainer = self._make_trainer()
         self._num_micro = trainer.accumulate_grad_batches
@@ -113,20 +114,33 @@ class ClientTrainer:
             )
         return trainer
 
-    def answer(self, letter: Letter) -> Letter:
+    def answer(self, letter: Letter, *, is_wanted: Callable[[], bool] | None = None) -> Letter:
         """What goes back to the server; never fails.
 
         An error is logged here. The server is told its kind alone, for its text may quote a sample.
+
+        Args:
+            letter: What the server says.
+            is_wanted: Says whether anybody still waits for the answer; a visit ends early where
+                nobody does. Not for several ranks, of which one alone would know.
+
+        Raises:
+            Exception: Where a rank of several fails within a visit: the others wait for it, and
+                only its end ends them.
         """
+        self._is_training = False
         try:
             kind = letter.facts.get("kind")
             if kind == HELLO:
                 return self._greeted(Greeting.read(letter.facts)).letter()
             if kind == VISIT:
-                return self._visited(VisitOrder.read(letter.facts), letter.tensors)
+                order = VisitOrder.read(letter.facts)
+                return self._visited(order, letter.tensors, [_Wanted(is_wanted)])
             raise ValueError(f"there are no letters of kind {kind!r} to a node")
         except Exception as error:
             log.exception("a letter of the server could not be answered")
+            if self._is_training and self._data.layout.world.size > 1:
+                raise
             return Failure(type(error).__name__).letter()
 
     def _greeted(self, greeting: Greeting) -> NodeFacts:
@@ -140,7 +154,7 @@ class ClientTrainer:
             versions=library_versions(),
         )
 
-    def _visited(self, order: VisitOrder, tensors: bytes) -> Letter:
+    def _visited(self, order: VisitOrder, tensors: bytes, callbacks: list[Callback]) -> Letter:
         """Train, as `FederatedRounds` has a client trained."""
         encoding = self._checked(order)
         drift = self._rounds.client_drift
@@ -148,15 +162,21 @@ class ClientTrainer:
         start, sent = unpack_adapter(self._adapter, tensors, names, encoding=encoding)
         held_out = HeldOutLoss(self._data.val_dataloader() if order.validate else [])
         told = _ToldDrift(drift, sent) if drift is not None else None
+        settings = {**deepcopy(self._trainer_settings), "callbacks": [held_out, *callbacks]}
         started = time.perf_counter()
+        self._is_training = True
         update = train_client(
             self._module,
             self._batches(order),
             start=start,
             client=order.client,
             drift=told,
-            trainer_settings={**deepcopy(self._trainer_settings), "callbacks": [held_out]},
+            trainer_settings={
+                **deepcopy(self._trainer_settings),
+                "callbacks": [held_out, *callbacks],
+            },
         )
+        self._is_training = False
         report = VisitReport(
             run=order.run,
             ticket=order.ticket,
@@ -200,6 +220,21 @@ class ClientTrainer:
             num_micro=self._num_micro,
             seed=self._rounds.seed,
         )
+
+
+class AbandonedError(RuntimeError):
+    """Nobody waits for the answer any more."""
+
+
+class _Wanted(Callback):
+    """Ends a visit that nobody waits for."""
+
+    def __init__(self, is_wanted: Callable[[], bool] | None) -> None:
+        self._is_wanted = is_wanted
+
+    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        if self._is_wanted is not None and not self._is_wanted():
+            raise AbandonedError("who asked for this visit has left")
 
 
 class _ToldDrift(ClientDrift):

@@ -1,0 +1,222 @@
+"""Asks a node's resident trainer, which stays alive between messages, and starts it where needed.
+
+The process that asks lives for one message: only the standard library is imported here, torch and
+lightning never. One lock is held as long as a resident is alive or being started: the starter takes
+it and hands it down to the resident, so that it outlives the starter.
+"""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from hashlib import blake2b
+from importlib.metadata import version
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from fedsafe.federated.flower.node_file import Node
+from fedsafe.federated.flower.private_line import (
+    call,
+    folder_for,
+    new_key,
+    receive,
+    write_private,
+)
+from fedsafe.federated.remote.facts import Greeting, NodeFacts
+from fedsafe.federated.remote.letter import Letter
+
+SOCKET, KEY, LOCK, PID, STARTED_FROM = "socket", "key", "lock", "pid", "started-from"
+LOG = "resident.log"
+
+_LIBRARIES = ("fedsafe", "torch", "lightning", "transformers", "peft")
+_POLL_SECONDS = 0.05
+_TRIES = 2
+_START_SECONDS = 3600.0
+_GRACE_SECONDS = 10.0
+"""How long a trainer may take to end by itself, or to notice that nobody wants its answer."""
+
+
+class ResidentError(RuntimeError):
+    """The resident trainer could not be started, died, or took too long."""
+
+
+def ask(node_file: Path, letter: Letter, *, timeout_seconds: float) -> Letter:
+    """What the node's trainer answers; it is started if it is not there.
+
+    A trainer that dies in between is started anew and asked once more: it remembers nothing, and
+    the answer is the same.
+
+    Args:
+        node_file: Describes the node; `resident.log` is written beside it.
+        letter: What the server says.
+        timeout_seconds: For all of it.
+
+    Raises:
+        ResidentError: If the trainer cannot be started, dies twice or takes too long.
+        ValueError: If the node file is none.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    for _ in range(_TRIES):
+        with _line_to(node_file, deadline) as line:
+            try:
+                line.send_bytes(letter.to_bytes())
+                return Letter.from_bytes(receive(line, deadline))
+            except TimeoutError:
+                break
+            except (OSError, EOFError) as error:
+                died = error
+    else:
+        raise ResidentError(
+            f"the trainer died {_TRIES} times over one message; {_see(node_file)}"
+        ) from died
+    _end_if_stuck(folder_for(node_file))
+    raise ResidentError(
+        f"the trainer did not answer within {timeout_seconds:g} seconds; {_see(node_file)}"
+    )
+
+
+def warm_up(node_file: Path, *, timeout_seconds: float = _START_SECONDS) -> NodeFacts:
+    """Start the node's trainer, wait until it is ready, and let it say what it holds.
+
+    Raises:
+        ResidentError: If it cannot be started, or takes too long.
+        ValueError: If the node file is none.
+    """
+    letter = ask(node_file, Greeting(run="").letter(), timeout_seconds=timeout_seconds)
+    return NodeFacts.read(letter.facts)
+
+
+def stop(node_file: Path) -> None:
+    """End the node's trainer, whatever it is doing, and wait until it is gone.
+
+    Nothing is lost: it remembers nothing.
+    """
+    os.close(_end(folder_for(node_file)))
+
+
+def _line_to(node_file: Path, deadline: float) -> Connection:
+    """Call the trainer that belongs to the node as it is set up now; start it if need be."""
+    folder, recipe = folder_for(node_file), _recipe(node_file)
+    while time.monotonic() < deadline:
+        if _read(folder / STARTED_FROM) == recipe:
+            try:
+                return call(folder / SOCKET, _read(folder / KEY), deadline)
+            except (TimeoutError, BlockingIOError):
+                break
+            except (OSError, EOFError):
+                pass  # it is being started, or it is gone
+        lock = _lock_of(folder)
+        if lock is not None:
+            _start(node_file, folder, recipe, lock, deadline)
+        elif _read(folder / STARTED_FROM) != recipe:
+            _start(node_file, folder, recipe, _end(folder), deadline)
+        else:
+            time.sleep(_POLL_SECONDS)
+    raise ResidentError(f"the trainer is busy, or not ready in time; {_see(node_file)}")
+
+
+def _recipe(node_file: Path) -> bytes:
+    """Digest of all that a trainer is started from, but for the data."""
+    node = Node.read(node_file)
+    digest = blake2b(node_file.read_bytes(), digest_size=16)
+    for config in node.configs():
+        digest.update(config.read_bytes() if config.is_file() else b"")
+    digest.update(repr([sys.executable, *map(version, _LIBRARIES)]).encode())
+    return digest.hexdigest().encode()
+
+
+def _start(node_file: Path, folder: Path, recipe: bytes, lock: int, deadline: float) -> None:
+    """Start a trainer, and wait until it can be called or has failed."""
+    log = node_file.parent / LOG
+    for name in (SOCKET, PID):  # of one that was killed
+        (folder / name).unlink(missing_ok=True)
+    write_private(folder / KEY, new_key())
+    write_private(folder / STARTED_FROM, recipe)
+    written = log.stat().st_size if log.exists() else 0
+    try:
+        process = _launch(Node.read(node_file), node_file, log, lock)
+        write_private(folder / PID, str(process.pid).encode())
+    finally:
+        os.close(lock)
+    while not (folder / SOCKET).exists():
+        status = process.poll()
+        if status is not None:
+            raise ResidentError(f"the trainer could not be started: {_last_line(log, written)}")
+        if time.monotonic() > deadline:
+            break  # it goes on, for whoever calls next
+        time.sleep(_POLL_SECONDS)
+    process.returncode = 0  # it outlives this process: nobody waits for its end
+
+
+def _launch(node: Node, node_file: Path, log: Path, lock: int) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m"]
+    if node.num_ranks > 1:
+        command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={node.num_ranks}"]
+        command += ["-m"]
+    command += ["fedsafe.federated.flower.resident", str(node_file.absolute())]
+    with log.open("ab") as written:
+        return subprocess.Popen(
+            command,
+            cwd=node.cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=written,
+            stderr=subprocess.STDOUT,
+            pass_fds=(lock,),
+            start_new_session=True,  # Flower ends the group of the process that asks
+        )
+
+
+def _lock_of(folder: Path) -> int | None:
+    """The lock, if no trainer is alive or being started; it lasts while the descriptor is open."""
+    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    return lock
+
+
+def _end(folder: Path) -> int:
+    """End the trainer that is alive or being started, if there is one; returns the lock."""
+    deadline = time.monotonic() + _GRACE_SECONDS
+    told = 0
+    while (lock := _lock_of(folder)) is None:
+        process = int(_read(folder / PID) or 0)  # as the lock is held, it is no other's number
+        late = time.monotonic() > deadline
+        if process and (process != told or late):
+            told = process
+            _signal(process, signal.SIGKILL if late else signal.SIGTERM)
+        time.sleep(_POLL_SECONDS)
+    return lock
+
+
+def _signal(process: int, number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process, number)  # it leads a group, of workers that prepare its batches
+
+
+def _end_if_stuck(folder: Path) -> None:
+    """End a trainer that does not come back from a visit whose caller has left."""
+    deadline = time.monotonic() + _GRACE_SECONDS
+    try:
+        call(folder / SOCKET, _read(folder / KEY), deadline).close()
+    except (OSError, EOFError):
+        os.close(_end(folder))
+
+
+def _read(file: Path) -> bytes:
+    return file.read_bytes() if file.exists() else b""
+
+
+def _last_line(log: Path, start: int) -> str:
+    """The last line of a log behind what was there before."""
+    lines = log.read_bytes()[start:].decode(errors="replace").strip().splitlines()
+    return lines[-1].strip() if lines else f"it said nothing; {log} is its log"
+
+
+def _see(node_file: Path) -> str:
+    return f"{node_file.parent / LOG} says more"
