@@ -15,6 +15,7 @@ COMMANDS = {
     "fit": ("training", "train an adapter on the clients' conversations, round by round"),
     "validate": ("training", "loss of a checkpoint on the held-out conversations"),
     "test": ("training", "loss of a checkpoint on test conversations"),
+    "federate": ("federate", "fit with clients on other machines: server, client"),
     "filter": ("filter", "judge the conversations of a file with a guard, keep the safe ones"),
     "revise": ("revise", "let a model revise its answers to red-team prompts, for training"),
     "measure": ("measure", "how right guards are on labelled conversations"),
@@ -27,6 +28,7 @@ COMMANDS = {
 }
 GO_ON = {
     "fit": "; the same command with --ckpt_path last goes on from the last finished round",
+    "federate": "; a server goes on with --ckpt_path last, a client with the same command",
     "table": "; the same command goes on where it stopped",
     "filter": "; the same command goes on: verdicts are kept",
     "revise": "; the same command goes on behind the last finished batch",

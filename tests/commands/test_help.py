@@ -77,8 +77,16 @@ def test_every_option_of_a_command_is_explained(name: str) -> None:
     assert unexplained(parser) == []
 
 
+@pytest.mark.parametrize("side", ["server", "client"])
+def test_every_option_of_a_federation_is_explained(side: str) -> None:
+    pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedsafe[flower]'")
+    parser = importlib.import_module(f"fedsafe.commands.federate_{side}").parser()
+    assert len(parser._actions) > 4
+    assert unexplained(parser) == []
+
+
 def test_no_command_is_forgotten() -> None:
-    assert set(COMMANDS) == {*DESCRIPTIONS, *FUNCTIONS}
+    assert set(COMMANDS) == {*DESCRIPTIONS, *FUNCTIONS, "federate"}
 
 
 def test_an_option_without_words_is_found() -> None:

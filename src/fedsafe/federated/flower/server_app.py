@@ -1,0 +1,77 @@
+"""The server's end in Flower: the process that trains, over Flower's grid."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedsafe.federated.flower.outcome import Outcome, write_process
+from fedsafe.federated.flower.post import FlowerPost
+
+SHOW_ON_STDIN = "FEDSAFE_SHOW_ON_STDIN"
+"""Set where standard input is what the user sees, and standard output a log of Flower's."""
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the server's fit, with the arguments of the run's configuration."""
+    config = context.run_config
+    os.chdir(str(config["cwd"]))
+    arguments = json.loads(str(config["arguments"]))
+    state = str(config["state"])
+    if state:
+        write_process(Path(state))
+    with _shown_to_user():
+        outcome = _serve(arguments, grid, debug=bool(os.environ.get("FEDSAFE_DEBUG")))
+    if state:  # whoever started this waits for it, and ends Flower
+        outcome.write(Path(state))
+    elif outcome.error:
+        sys.stderr.write(f"fedsafe federate server: {outcome.error}\n")
+    if outcome.status:
+        raise SystemExit(outcome.status)
+
+
+@contextmanager
+def _shown_to_user() -> Iterator[None]:
+    """What is written meanwhile goes where the user looks; Flower's own words go to its log."""
+    if not os.environ.get(SHOW_ON_STDIN):
+        yield
+        return
+    before = {number: os.dup(number) for number in (1, 2)}
+    try:
+        for number in before:
+            os.dup2(0, number)
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        for number, copy in before.items():
+            os.dup2(copy, number)
+
+
+def _serve(arguments: list[str], grid: Grid, *, debug: bool) -> Outcome:
+    from fedsafe.commands.federated_server import serve
+
+    try:
+        serve(arguments, FlowerPost(grid))
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        return Outcome(1, str(error))
+    except KeyboardInterrupt:
+        return Outcome(130, "")
+    except SystemExit as error:  # its parser has said what is wrong
+        return Outcome(_status(error.code), "")
+    return Outcome(0, "")
+
+
+def _status(code: Any) -> int:
+    return code if isinstance(code, int) else int(code is not None)
