@@ -33,9 +33,8 @@ class RunReport(Callback):
         if trainer.is_global_zero:
             data = trainer.datamodule  # type: ignore[attr-defined]
             assert isinstance(data, FederatedDataModule)
-            Console().print(
-                partition_table(data.client_rows(), num_validation=data.num_validation_samples)
-            )
+            if rows := data.client_rows():  # none where clients are on other machines
+                Console().print(partition_table(rows, num_validation=data.num_validation_samples))
             if data.filter_report is not None:
                 Console().print(filter_table(data.filter_report))
 

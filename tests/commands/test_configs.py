@@ -10,11 +10,13 @@ import pytest
 import torch
 import yaml
 from jsonargparse import auto_cli, auto_parser
+from memory_post import MemoryPost
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from fedsafe.cli import main
 from fedsafe.commands import training
+from fedsafe.commands.federated_server import serve
 from fedsafe.commands.filter import filter
 from fedsafe.commands.measure import measure
 from fedsafe.commands.revise import revise
@@ -29,7 +31,7 @@ ALGORITHMS = sorted((REPOSITORY / "configs" / "algorithm").glob("*.yaml"))
 
 def arguments_of(file: Path) -> list[str]:
     """The `fedsafe` command in a file's first lines, without the program."""
-    commands = r"fedsafe (?:fit|test|table|filter|measure|revise) [^\n]*"
+    commands = r"fedsafe (?:fit|test|table|filter|measure|revise|federate server) [^\n]*"
     return shlex.split(re.findall(commands, file.read_text())[0])[1:]
 
 
@@ -52,12 +54,18 @@ def test_the_command_of_a_configuration_is_parsed(
         auto_parser(FUNCTIONS[name], as_positional=False).parse_args(arguments)
         return
     with pytest.raises(SystemExit) as caught:
-        main([name, *arguments, "--print_config"])
+        print_config(name, arguments)
     assert caught.value.code == 0
     parsed = yaml.safe_load(capsys.readouterr().out)
     for part, values in yaml.safe_load(file.read_text()).items():
         if isinstance(values, dict):
             assert values.keys() <= parsed[part].keys()
+
+
+def print_config(name: str, arguments: list[str]) -> None:
+    if name == "federate":
+        serve([*arguments[1:], "--print_config"], MemoryPost({}))
+    main([name, *arguments, "--print_config"])
 
 
 def check_table(table: TableSettings) -> None:

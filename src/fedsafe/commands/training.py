@@ -2,6 +2,8 @@
 
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -78,9 +80,16 @@ class TrainingParser(LightningArgumentParser):
 
 def run(name: str, arguments: list[str]) -> None:
     """Run one of the Trainer's commands."""
+    with plain_errors():
+        make_cli([name, *arguments])
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Turn Lightning's own errors, and its way to end at Ctrl-C, into ordinary ones."""
     quiet_known_noise()
     try:
-        make_cli([name, *arguments])
+        yield
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
     except SystemExit as error:
@@ -89,15 +98,27 @@ def run(name: str, arguments: list[str]) -> None:
         raise
 
 
-def make_cli(arguments: list[str]) -> "FedsafeCLI":
-    """Parse the arguments, whose first is the command, and run it."""
-    name = arguments[0]
-    alone = {name: FedsafeCLI.subcommands()[name]}  # a parser takes a quarter of a second to build
-    own = {"subcommands": staticmethod(lambda: alone), "given": ["fedsafe", *arguments]}
-    cli = type("FedsafeCLI", (FedsafeCLI,), own)
-    made: FedsafeCLI = cli(
+def make_cli(
+    arguments: list[str],
+    *,
+    kind: "type[FedsafeCLI] | None" = None,
+    data: type[FederatedDataModule] = FederatedDataModule,
+    **own: Any,
+) -> "FedsafeCLI":
+    """Parse the arguments, whose first is the command, and run it.
+
+    Args:
+        arguments: The command's name and its arguments.
+        kind: What runs it.
+        data: The data module.
+        own: Further attributes of the kind.
+    """
+    name, base = arguments[0], kind or FedsafeCLI
+    alone = {name: base.subcommands()[name]}  # a parser takes a quarter of a second to build
+    own = {"subcommands": staticmethod(lambda: alone), "given": ["fedsafe", *arguments], **own}
+    made: FedsafeCLI = type(base.__name__, (base,), own)(
         LoraLM,
-        FederatedDataModule,
+        data,
         save_config_callback=AcceptedConfig if name == "fit" else None,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
@@ -121,6 +142,7 @@ class FedsafeCLI(LightningCLI):
 
     given: list[str]
     """The command as it was given."""
+    rounds: type[FederatedRounds] = FederatedRounds
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -150,7 +172,7 @@ class FedsafeCLI(LightningCLI):
             default="runs/last",
             help="Directory that gets everything the run writes; it must not hold another run.",
         )
-        for part, kind in (("federated", FederatedRounds), ("checkpoint", RoundCheckpoint)):
+        for part, kind in {"federated": self.rounds, "checkpoint": RoundCheckpoint}.items():
             parser.add_class_arguments(kind, part, fail_untyped=False, sub_configs=True)
         parser.link_arguments("rounds", "trainer.max_epochs")
         parser.link_arguments("run_dir", "trainer.default_root_dir")

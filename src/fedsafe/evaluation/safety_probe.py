@@ -57,7 +57,7 @@ class SafetyProbe(Callback):
         """Refuse a run that has no validation."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, FederatedDataModule)
-        if not data.num_validation_samples:
+        if not data.val_dataloader():
             raise ValueError(
                 "the safety probe asks when a round is validated, and no sample is held out; set "
                 "data.validation_share above 0, or leave the probe out"

@@ -7,10 +7,10 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from fedsafe.data.packing import TrainingBatch
-from fedsafe.federated.server_listener import ServerVisitListener
+from fedsafe.federated.server_listener import RoundListener, ServerVisitListener
 
 
-class RoundProgressBar(TQDMProgressBar, ServerVisitListener):
+class RoundProgressBar(TQDMProgressBar, RoundListener, ServerVisitListener):
     """One bar a round, `round 3/50 · client 2/5`, with the figures of the last round.
 
     Where the output is no terminal but a file or a pipe, a line at the end of each round instead.
@@ -37,6 +37,10 @@ class RoundProgressBar(TQDMProgressBar, ServerVisitListener):
             self.train_progress_bar.set_description_str(
                 f"round {key.round + 1}/{key.num_rounds} · client {key.visit + 1}/{num_visits}"
             )
+
+    def on_clients_progress(self, trainer: Trainer, doing: str) -> None:
+        """Say who is awaited."""
+        self.train_progress_bar.set_description_str(f"{_round_of(trainer)} · {doing}")
 
     def on_server_progress(self, trainer: Trainer, doing: str) -> None:
         """Say what the server is doing."""

@@ -1,6 +1,13 @@
-"""How callbacks follow a server visit, which Lightning knows as one batch."""
+"""How callbacks follow what Lightning knows as one batch: a server visit, visits elsewhere."""
 
 from lightning import Trainer
+
+
+class RoundListener:
+    """A callback of the Trainer that wants to know how clients on other machines get on."""
+
+    def on_clients_progress(self, trainer: Trainer, doing: str) -> None:
+        """Called with what the clients are doing, in a few words."""
 
 
 class ServerVisitListener:

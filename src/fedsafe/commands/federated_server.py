@@ -1,0 +1,52 @@
+"""The server's side of `fedsafe federate server`: a fit whose clients train on other machines."""
+
+from typing import Any
+
+from lightning import Trainer
+from lightning.pytorch.cli import LightningArgumentParser
+
+from fedsafe.commands.training import FedsafeCLI, make_cli, plain_errors
+from fedsafe.federated.remote.fleet import Fleet
+from fedsafe.federated.remote.post import Post
+from fedsafe.federated.remote.remote_data import RemoteData
+from fedsafe.federated.remote.rounds import RemoteRounds
+
+
+def serve(arguments: list[str], post: Post) -> None:
+    """Run the server of a federation to its end.
+
+    Args:
+        arguments: Options of `fedsafe fit` and those of the group `fleet`. What only concerns the
+            nodes (`data.path`, `data.filter`, `data.partition`) is ignored, and need not exist.
+        post: Carries the letters.
+
+    Raises:
+        ValueError: If an option is wrong, or the run had to end: too few clients, too few updates.
+    """
+    command = ["fedsafe", "federate", "server", *arguments]
+    with plain_errors():
+        make_cli(["fit", *arguments], kind=ServerCLI, data=RemoteData, post=post, given=command)
+
+
+class ServerCLI(FedsafeCLI):
+    """A fit with `RemoteRounds`."""
+
+    rounds = RemoteRounds
+    post: Post
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the fleet to the settings of a fit."""
+        super().add_arguments_to_parser(parser)
+        parser.add_class_arguments(Fleet, "fleet")
+
+    def before_instantiate_classes(self) -> None:
+        """Leave out what only the nodes need: its files need not be here."""
+        data = self.config[self.subcommand].data
+        data.path = data.filter = data.partition = None
+        super().before_instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Tell the rounds whom to ask."""
+        made = self.config_init[self.subcommand]
+        made.federated.connect(made.fleet, self.post)
+        return super().instantiate_trainer(**kwargs)

@@ -1,0 +1,17 @@
+"""What a server tells the person at its console, some of it in words that came from elsewhere."""
+
+import sys
+
+_LONGEST = 300
+
+
+def say(text: str) -> None:
+    """One line."""
+    sys.stderr.write(f"federation: {text}\n")
+    sys.stderr.flush()
+
+
+def shown(text: str) -> str:
+    """What came from another machine, fit for a terminal and a record: one short, plain line."""
+    plain = "".join(c if c.isprintable() else "?" for c in text[: _LONGEST + 1])
+    return plain if len(plain) <= _LONGEST else plain[:_LONGEST] + "…"
