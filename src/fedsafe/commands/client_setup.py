@@ -10,6 +10,7 @@ from fedsafe.commands.launcher import fit_to_launcher
 from fedsafe.commands.noise import quiet_known_noise
 from fedsafe.commands.training import FedsafeCLI, TrainingParser
 from fedsafe.federated.remote.client_trainer import ClientTrainer
+from fedsafe.federated.remote.fleet import Fleet
 from fedsafe.federated.remote.own_data import OwnData
 from fedsafe.model.module import LoraLM
 
@@ -79,6 +80,7 @@ class _NodeCLI(FedsafeCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
+        parser.add_class_arguments(Fleet, "fleet")  # the server's, in the same file
         parser.set_defaults({"data.client": self.client})
         parser.link_arguments("run_dir", "data.folder")
 

@@ -1,30 +1,25 @@
 """The resident trainer of a node: `python -m fedsafe.federated.flower.resident NODE_FILE`.
 
-Holds base, data and what the guard said from message to message. Takes one letter at a time, over a
-private line, and ends when nobody has asked for a while. Started by torchrun it is several ranks:
-the first one holds the line and hands each letter to the others.
+Holds base, data and what the guard said from message to message, and answers over a private line.
+Started by torchrun it is several ranks: the first one holds the line and hands each letter to the
+others.
 """
 
 import logging
 import sys
-import time
 import traceback
-from multiprocessing.connection import Connection
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from fedsafe.commands.client_setup import make_client_trainer
 from fedsafe.federated.flower.node_file import Node
-from fedsafe.federated.flower.private_line import Entrance, folder_for, receive
-from fedsafe.federated.flower.resident_call import KEY, SOCKET
+from fedsafe.federated.flower.private_line import Entrance, folder_for
+from fedsafe.federated.flower.resident_call import CANNOT_START, KEY, SOCKET
+from fedsafe.federated.flower.resident_loop import serve
 from fedsafe.federated.flower.resident_ranks import Ranks
 from fedsafe.federated.remote.client_trainer import ClientTrainer
 from fedsafe.federated.remote.letter import Letter
-
-log = logging.getLogger("fedsafe.resident")
-
-_POLL_SECONDS = 2.0
-_LETTER_SECONDS = 60.0
-"""How long a caller may take to hand over a letter, once it is its turn."""
 
 
 def main(node_file: Path) -> int:
@@ -36,21 +31,16 @@ def main(node_file: Path) -> int:
         # last, as a configuration names the server's directory
         arguments = [*node.arguments, "--run_dir", str(node_file.parent)]
         trainer = make_client_trainer(arguments, name=node.name)
-    except Exception as error:  # noqa: BLE001 - who started it reads the last line alone
+    except Exception as error:  # noqa: BLE001 - who started it reads one line of the log
         if not isinstance(error, ValueError | OSError):
             traceback.print_exc()
-        sys.stderr.write(f"{' '.join(str(error).split()) or type(error).__name__}\n")
+        text = " ".join(str(error).split()) or type(error).__name__
+        sys.stderr.write(f"{CANNOT_START}{text}\n")
         return 1
     if ranks.index > 0:
         ranks.follow(lambda data: trainer.answer(Letter.from_bytes(data)))
     else:
-        folder = folder_for(node_file)
-        entrance = Entrance(folder / SOCKET, (folder / KEY).read_bytes())
-        log.info("ready: client %s", node.name)
-        try:
-            _serve(entrance, trainer, ranks, idle_seconds=node.idle_seconds)
-        finally:
-            entrance.close()
+        _serve(node, node_file, trainer, ranks)
     ranks.part()
     return 0
 
@@ -63,40 +53,28 @@ def _set_up_log(ranks: Ranks) -> None:
     )
     for noisy in ("lightning.pytorch", "lightning.fabric"):  # a Trainer says hello at every visit
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*Skipping val loop.*")
 
 
-def _serve(
-    entrance: Entrance, trainer: ClientTrainer, ranks: Ranks, *, idle_seconds: float
-) -> None:
-    asked = time.monotonic()
-    while entrance.is_found() and not ranks.are_left_alone:
-        left = asked + idle_seconds - time.monotonic()
-        if left <= 0:
-            log.info("ends: nobody has asked for %g seconds", idle_seconds)
-            return
-        try:
-            line = entrance.next_call(min(left, _POLL_SECONDS))
-            if line is None:
-                continue
-            with line:
-                _answer(line, trainer, ranks)
-        except (OSError, EOFError, ValueError) as error:
-            log.info("a call came to nothing (%s)", type(error).__name__)
-        asked = time.monotonic()
-    log.info("ends: nobody can call any more")
+def _serve(node: Node, node_file: Path, trainer: ClientTrainer, ranks: Ranks) -> None:
+    def answer(letter: Letter, is_wanted: Callable[[], bool]) -> Letter:
+        if ranks.size == 1:
+            return trainer.answer(letter, is_wanted=is_wanted)
+        ranks.hand(letter.to_bytes())
+        return trainer.answer(letter)
 
-
-def _answer(line: Connection, trainer: ClientTrainer, ranks: Ranks) -> None:
-    data = receive(line, time.monotonic() + _LETTER_SECONDS)
-    letter = Letter.from_bytes(data)
-    started = time.perf_counter()
-    if ranks.size > 1:
-        ranks.hand(data)
-        answer = trainer.answer(letter)
-    else:
-        answer = trainer.answer(letter, is_wanted=lambda: not line.poll())
-    line.send_bytes(answer.to_bytes())
-    log.info("answered: %s, %.3f s", answer.facts["kind"], time.perf_counter() - started)
+    folder = folder_for(node_file)
+    entrance = Entrance(folder / SOCKET, (folder / KEY).read_bytes())
+    logging.getLogger("fedsafe.resident").info("ready: client %s", node.name)
+    try:
+        serve(
+            entrance,
+            answer,
+            idle_seconds=node.idle_seconds,
+            is_orphan=lambda: ranks.are_left_alone,
+        )
+    finally:
+        entrance.close()
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ from fedsafe.federated.remote.letter import Letter
 
 SOCKET, KEY, LOCK, PID, STARTED_FROM = "socket", "key", "lock", "pid", "started-from"
 LOG = "resident.log"
+CANNOT_START = "cannot start: "
+"""What the line of the log begins with that says why."""
 
 _LIBRARIES = ("fedsafe", "torch", "lightning", "transformers", "peft")
 _POLL_SECONDS = 0.05
@@ -93,6 +95,9 @@ def stop(node_file: Path) -> None:
     """End the node's trainer, whatever it is doing, and wait until it is gone.
 
     Nothing is lost: it remembers nothing.
+
+    Raises:
+        ResidentError: If it does not end.
     """
     os.close(_end(folder_for(node_file)))
 
@@ -100,21 +105,21 @@ def stop(node_file: Path) -> None:
 def _line_to(node_file: Path, deadline: float) -> Connection:
     """Call the trainer that belongs to the node as it is set up now; start it if need be."""
     folder, recipe = folder_for(node_file), _recipe(node_file)
-    while time.monotonic() < deadline:
+    starts = 0
+    while starts <= _TRIES and time.monotonic() < deadline:
         if _read(folder / STARTED_FROM) == recipe:
             try:
                 return call(folder / SOCKET, _read(folder / KEY), deadline)
-            except (TimeoutError, BlockingIOError):
+            except TimeoutError:
                 break
             except (OSError, EOFError):
                 pass  # it is being started, or it is gone
         lock = _lock_of(folder)
-        if lock is not None:
-            _start(node_file, folder, recipe, lock, deadline)
-        elif _read(folder / STARTED_FROM) != recipe:
-            _start(node_file, folder, recipe, _end(folder), deadline)
-        else:
+        if lock is None and _read(folder / STARTED_FROM) == recipe:
             time.sleep(_POLL_SECONDS)
+            continue
+        starts += 1
+        _start(node_file, folder, recipe, lock or _end(folder), deadline)
     raise ResidentError(f"the trainer is busy, or not ready in time; {_see(node_file)}")
 
 
@@ -144,7 +149,7 @@ def _start(node_file: Path, folder: Path, recipe: bytes, lock: int, deadline: fl
     while not (folder / SOCKET).exists():
         status = process.poll()
         if status is not None:
-            raise ResidentError(f"the trainer could not be started: {_last_line(log, written)}")
+            raise ResidentError(f"the trainer could not be started: {_why(log, written)}")
         if time.monotonic() > deadline:
             break  # it goes on, for whoever calls next
         time.sleep(_POLL_SECONDS)
@@ -152,14 +157,9 @@ def _start(node_file: Path, folder: Path, recipe: bytes, lock: int, deadline: fl
 
 
 def _launch(node: Node, node_file: Path, log: Path, lock: int) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m"]
-    if node.num_ranks > 1:
-        command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={node.num_ranks}"]
-        command += ["-m"]
-    command += ["fedsafe.federated.flower.resident", str(node_file.absolute())]
     with log.open("ab") as written:
         return subprocess.Popen(
-            command,
+            _command(node, node_file.absolute()),
             cwd=node.cwd,
             stdin=subprocess.DEVNULL,
             stdout=written,
@@ -167,6 +167,14 @@ def _launch(node: Node, node_file: Path, log: Path, lock: int) -> "subprocess.Po
             pass_fds=(lock,),
             start_new_session=True,  # Flower ends the group of the process that asks
         )
+
+
+def _command(node: Node, node_file: Path) -> list[str]:
+    trainer = ["-m", "fedsafe.federated.flower.resident", str(node_file)]
+    if node.num_ranks == 1:
+        return [sys.executable, *trainer]
+    ranks = ["--standalone", f"--nproc_per_node={node.num_ranks}"]
+    return [sys.executable, "-m", "torch.distributed.run", *ranks, *trainer]
 
 
 def _lock_of(folder: Path) -> int | None:
@@ -182,15 +190,18 @@ def _lock_of(folder: Path) -> int | None:
 
 def _end(folder: Path) -> int:
     """End the trainer that is alive or being started, if there is one; returns the lock."""
-    deadline = time.monotonic() + _GRACE_SECONDS
+    started = time.monotonic()
     told = 0
     while (lock := _lock_of(folder)) is None:
-        process = int(_read(folder / PID) or 0)  # as the lock is held, it is no other's number
-        late = time.monotonic() > deadline
+        time.sleep(_POLL_SECONDS)  # a starter that has just taken the lock clears the old number
+        process = int(_read(folder / PID) or 0)
+        seconds = time.monotonic() - started
+        if seconds > 2 * _GRACE_SECONDS:
+            raise ResidentError(f"the trainer {process} does not end; end it by hand")
+        late = seconds > _GRACE_SECONDS
         if process and (process != told or late):
             told = process
             _signal(process, signal.SIGKILL if late else signal.SIGTERM)
-        time.sleep(_POLL_SECONDS)
     return lock
 
 
@@ -212,10 +223,11 @@ def _read(file: Path) -> bytes:
     return file.read_bytes() if file.exists() else b""
 
 
-def _last_line(log: Path, start: int) -> str:
-    """The last line of a log behind what was there before."""
+def _why(log: Path, start: int) -> str:
+    """Why a trainer could not be started, by what its log says behind what was there before."""
     lines = log.read_bytes()[start:].decode(errors="replace").strip().splitlines()
-    return lines[-1].strip() if lines else f"it said nothing; {log} is its log"
+    said = [line.removeprefix(CANNOT_START) for line in lines if line.startswith(CANNOT_START)]
+    return [*lines[-1:], *said[:1]][-1] if lines else f"it said nothing; {log} is its log"
 
 
 def _see(node_file: Path) -> str:

@@ -90,6 +90,7 @@ class ClientTrainer:
             vocab_size=len(data.tokenizer), longest=data.longest, largest_id=data.largest_id
         )
         self._adapter = module.flat_adapter()
+        self._versions = library_versions()
         self._settings = shared_settings(
             model=cast(Any, module.hparams),
             data=vars(data),
@@ -151,7 +152,7 @@ class ClientTrainer:
             num_answer_tokens=self._data.num_answer_tokens,
             filtered=self._data.counts(),
             settings=self._settings,
-            versions=library_versions(),
+            versions=self._versions,
         )
 
     def _visited(self, order: VisitOrder, tensors: bytes, callbacks: list[Callback]) -> Letter:
@@ -171,10 +172,7 @@ class ClientTrainer:
             start=start,
             client=order.client,
             drift=told,
-            trainer_settings={
-                **deepcopy(self._trainer_settings),
-                "callbacks": [held_out, *callbacks],
-            },
+            trainer_settings=settings,
         )
         self._is_training = False
         report = VisitReport(
