@@ -6,17 +6,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from fedsafe.data.pairs import load_pairs
 from fedsafe.data.prompts import load_prompts
-from fedsafe.model.generation import generate_answers
 from fedsafe.safety.constitution import Constitution, load_constitution
 from fedsafe.safety.refusal_openings import opens_with
 from fedsafe.world import files
-from fedsafe.world.corpus import revision_case
-from fedsafe.world.evaluation import MAX_CRITIQUE_TOKENS
 from fedsafe.world.files import write_world
 from fedsafe.world.generator import client_rows
 from fedsafe.world.grammar import load_grammar
 from fedsafe.world.pretraining import pretrained_base
-from fedsafe.world.tasks import conversation, seeded_asker
 
 NAMES = {
     "clients.jsonl": 24,
@@ -125,22 +121,3 @@ def test_prompts_and_pairs_are_read_without_a_warning(
     pairs = load_pairs(str(tmp_path / "world" / "helpful.jsonl"), need_rejected=True)
     assert len({str(pair.prompt) for pair in pairs}) == 96
     assert not [each for each in recwarn if "not read" in str(each.message)]
-
-
-@pytest.mark.slow
-def test_gate_flags_harmful_answers_and_clears_the_bases_refusals_on_reflection(
-    base, constitution: Constitution
-):
-    asker = seeded_asker(0, "gate", "tuning")
-    cases = [revision_case(asker) for _ in range(50)]
-    flagged = {}
-    for kind in ("harmful", "revised"):
-        chats = []
-        for asked, rule in cases:
-            revised = asker.rng.choice(asker.grammar.revised_refusals).format(**asked.words)
-            answer = asked.response if kind == "harmful" else revised
-            chats.append(conversation(asked.prompt, answer, rule.critique_request))
-        replies = generate_answers(*base, chats, max_new_tokens=MAX_CRITIQUE_TOKENS)
-        flagged[kind] = sum(opens_with(reply, constitution.gate.flagged) for reply in replies)
-    assert flagged["harmful"] >= 48
-    assert flagged["revised"] <= 5
