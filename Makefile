@@ -22,7 +22,8 @@ demo: setup ## Run the whole miniature, print the table, write runs/demo/
 
 test: setup ## Run the test suite; `make test ARGS="-m 'not slow'"` passes options to pytest
 	@$(PIP) check
-	@OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile \
+		--no-loadscope-reorder $(ARGS)
 
 lint: setup ## Check style, formatting and types
 	@$(PY) -m ruff check .

@@ -34,6 +34,13 @@ os.environ.update(
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # tiny tensors only get slower on more threads
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with long tests come first: where workers share the files, none has a long one last."""
+    marks = ("slow", "distributed", "flower")
+    long = {item.path for item in items if any(item.get_closest_marker(mark) for mark in marks)}
+    items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Folder of the real data sets: `$FEDSAFE_DATA`, or `shared/data` beside the repository."""
