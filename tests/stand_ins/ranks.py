@@ -1,9 +1,14 @@
 """Several ranks on this machine, as torchrun starts them."""
 
 import os
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
+
+from warm import end, start_python
 
 STAND_INS = Path(__file__).parent
 
@@ -28,20 +33,49 @@ def run_ranks(
 ) -> subprocess.CompletedProcess[str]:
     """Run a script, or `-m` and a module, on several ranks; each has one thread.
 
+    They are told what torchrun would tell them, and as under torchrun the first that fails ends the
+    others.
+
     Args:
         arguments: The script and its arguments.
         num_ranks: Processes.
         timeout_seconds: After which it has failed.
         check: Whether it must end well; its output is shown if it does not.
     """
-    done = subprocess.run(
-        torchrun(*arguments, num_ranks=num_ranks),
-        env=rank_environment(),
-        capture_output=True,
-        text=True,
-        timeout=timeout_seconds,
-        check=False,
-    )
-    if check and done.returncode:
-        raise AssertionError(f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}")
-    return done
+    shared = {
+        "WORLD_SIZE": num_ranks,
+        "LOCAL_WORLD_SIZE": num_ranks,
+        "GROUP_RANK": 0,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": _free_port(),
+        "TORCHELASTIC_RUN_ID": "ranks",
+    }
+    deadline = time.monotonic() + timeout_seconds
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"rank {rank}" for rank in range(num_ranks)]
+        ranks = []
+        try:
+            for rank, file in enumerate(files):
+                told = {
+                    name: str(value)
+                    for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()
+                }
+                ranks.append(start_python(*arguments, output=file, env=rank_environment() | told))
+            while None in (ends := [rank.poll() for rank in ranks]) and not any(ends):
+                if time.monotonic() > deadline:
+                    raise subprocess.TimeoutExpired([*arguments], timeout_seconds)
+                time.sleep(0.02)
+        finally:
+            end(ranks)
+        output = "\n".join(file.read_text() for file in files)
+    status = int(any(ends))
+    if check and status:
+        raise AssertionError(f"exit statuses {ends}\n{output}")
+    return subprocess.CompletedProcess([*arguments], status, output)
+
+
+def _free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port: int = taken.getsockname()[1]
+        return port

@@ -74,13 +74,12 @@ def test_fsdp_trains_what_one_process_trains(runs: Runs, case: str) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("way", ["fsdp", "ddp"])
 def test_a_run_that_was_stopped_inside_a_visit_goes_on_in_one_process(
-    runs: Runs, tmp_path: Path, way: str
+    runs: Runs, tmp_path: Path
 ) -> None:
     """What two ranks remember of the adapter and the optimizer is what one process would."""
     (tmp_path / "checkpoints").mkdir()
-    shutil.copy(last_checkpoint(runs.folder / way / RESUMED), last_checkpoint(tmp_path))
+    shutil.copy(last_checkpoint(runs.folder / "fsdp" / RESUMED), last_checkpoint(tmp_path))
     resume(tmp_path, base=runs.base, path=runs.path, strategy=None)
     torch.testing.assert_close(
         adapter_of(tmp_path), adapter_of(runs.folder / "fsdp" / RESUMED), atol=1e-5, rtol=0

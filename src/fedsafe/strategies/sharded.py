@@ -8,13 +8,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from lightning import Trainer
-from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.optim import Optimizer
 
 from fedsafe.federated.exchange import ExchangeMode
 from fedsafe.model.flat_adapter import FlatAdapter
@@ -22,13 +20,14 @@ from fedsafe.model.sharded_adapter import ShardedAdapter
 from fedsafe.model.sharded_load import build_sharded
 from fedsafe.peers import Peers
 from fedsafe.strategies.layout import LaidOut, Layout
+from fedsafe.strategies.one_file import OneFileCheckpoints
 
 T = TypeVar("T")
 
 _CLIENTS, _SHARDS = "clients", "shards"
 
 
-class ShardedStrategy(LaidOut, ModelParallelStrategy):
+class ShardedStrategy(LaidOut, OneFileCheckpoints, ModelParallelStrategy):
     """Splits the base and the adapter over ranks, with PyTorch's FSDP2.
 
     For a base too large for one GPU. With several `clients`, the ranks form as many groups, each of
@@ -152,30 +151,3 @@ class ShardedStrategy(LaidOut, ModelParallelStrategy):
             yield
         finally:
             root.set_requires_gradient_sync(True)
-
-    # ---- checkpoints: one file, without the model, that rank 0 writes and all read --------------
-
-    @property
-    def restore_checkpoint_after_setup(self) -> bool:
-        """No part of a checkpoint waits for the model."""
-        return False
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Nothing; `FederatedRounds` keeps the adapter."""
-        return {}
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Nothing; `FederatedRounds` keeps what the optimizer remembers."""
-        return {}
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None
-    ) -> None:
-        """Write the file on rank 0."""
-        ParallelStrategy.save_checkpoint(self, checkpoint, filepath, storage_options)
-
-    def load_checkpoint(
-        self, checkpoint_path: _PATH, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Read the file on every rank."""
-        return ParallelStrategy.load_checkpoint(self, checkpoint_path, weights_only)

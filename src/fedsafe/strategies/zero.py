@@ -21,7 +21,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, Precision
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -34,6 +34,7 @@ from fedsafe.model.partitioned_load import (
 )
 from fedsafe.peers import ALONE, Peers
 from fedsafe.strategies.layout import LaidOut, Layout
+from fedsafe.strategies.one_file import OneFileCheckpoints
 
 Stage = Literal[1, 2, 3]
 Offload = Literal["none", "optimizer", "parameters"]
@@ -79,7 +80,7 @@ class ZeroPrecision(DeepSpeedPrecision):
         super().backward(tensor, model, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
 
-class ZeroStrategy(LaidOut, DeepSpeedStrategy):
+class ZeroStrategy(LaidOut, OneFileCheckpoints, DeepSpeedStrategy):
     """All ranks train one client together, with DeepSpeed's ZeRO.
 
     Args:
@@ -277,37 +278,6 @@ class ZeroStrategy(LaidOut, DeepSpeedStrategy):
             yield
         finally:
             self.deepspeed_engine.set_gradient_accumulation_boundary(True)
-
-    # ---- checkpoints -----------------------------------------------------------------------------
-    # `FederatedRounds` keeps the adapter and what the optimizer remembers; one file has all.
-
-    @property
-    def restore_checkpoint_after_setup(self) -> bool:
-        """A checkpoint needs no engine; callbacks get their state before `on_fit_start`."""
-        return False
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
-    ) -> None:
-        """Rank 0 writes the file."""
-        DDPStrategy.save_checkpoint(self, checkpoint, filepath, storage_options)
-
-    def load_checkpoint(
-        self, checkpoint_path: Any, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Every rank reads the file."""
-        return DDPStrategy.load_checkpoint(self, checkpoint_path, weights_only)
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Nothing: the base is frozen."""
-        return {}
-
-    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Nothing: the rounds keep it."""
-        return {}
-
-    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
-        """There is none."""
 
 
 def _name_direct_uses(model: nn.Module) -> None:
