@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
+
 from fedsafe.commands.federate_sides import SideParser, interrupted_by_sigterm
 from fedsafe.federated.flower import resident_call
 from fedsafe.federated.flower.client_app import NODE_FILE
@@ -17,6 +19,7 @@ from fedsafe.federated.flower.reachability import Address, check_server
 from fedsafe.federated.flower.supernode import REFUSED
 
 _POLL_SECONDS = 0.5
+RESIDENT = "fedsafe.federated.flower.resident"
 _AGAIN_SECONDS = 2.0
 """Pause before a server is tried again."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -165,11 +168,14 @@ def _warm_up(settings: Settings, node_file: Path) -> None:
 
 
 def _end_resident(node_file: Path) -> None:
-    """End the process that trains, in the middle of a step if need be."""
+    """End the process that trains; in the middle of a visit, kill it."""
     try:
         resident_call.stop(node_file)
-    except resident_call.ResidentError as error:
-        _say(str(error))
+    except resident_call.ResidentError:
+        for process in psutil.process_iter(["cmdline"]):
+            command = process.info["cmdline"] or []
+            if str(node_file) in command and RESIDENT in command:
+                process.kill()
 
 
 def _take_part(settings: Settings, node_file: Path) -> None:
