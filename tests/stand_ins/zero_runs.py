@@ -85,7 +85,12 @@ def served(folder: Path) -> Settings:
 def run_all(folder: Path, base: Path, path: Path) -> None:
     for way, strategy in WAYS.items():
         for case, settings in CASES.items():
-            run(folder / way / case, settings(), base, path, strategy)
+            done = run(folder / way / case, settings(), base, path, strategy)
+            if case in MEASURED:
+                measure(done, settings(), base, path, strategy)
+            if case == "fedavg":
+                note_refusal(done)
+                train_again(done, base, path, strategy)
         run(folder / way / SERVED, served(folder), base, path, strategy)
         resumed = folder / way / RESUMED
         start_and_stop(resumed, base=base, path=path, strategy=strategy)
@@ -97,16 +102,11 @@ def run_all(folder: Path, base: Path, path: Path) -> None:
 
 def run(
     folder: Path, settings: Settings, base: Path, path: Path, strategy: Strategy | None
-) -> None:
-    settings["trainer"] = {"max_epochs": 3, **settings.get("trainer", {})}
+) -> Federation:
     save = RoundCheckpoint()
     done = federation_of(folder, settings, base, path, strategy, callbacks=(save,)).fit()
     finish(done)
-    if folder.name in MEASURED and strategy is not None:
-        measure(done, settings, base, path, strategy)
-    if folder.name == "fedavg" and strategy is not None:
-        note_refusal(done)
-        train_again(done, base, path, strategy)
+    return done
 
 
 def measure(
