@@ -2,8 +2,6 @@ import gzip
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from warm import run_python
 
 from fedsafe.cli import main
 from fedsafe.safety.score_cache import CHUNK_SIZE
@@ -332,9 +331,7 @@ def test_killed_and_run_again_gives_the_same_files(folder: Path, policy: str) ->
 
     def run(cache: str, **environment: str) -> int:
         settings = {"PYTHONPATH": str(HERE), "FEDSAFE_CACHE": cache, "JUDGED": f"{cache}.judged"}
-        return subprocess.run(
-            [sys.executable, *arguments], env={**os.environ, **settings, **environment}, check=False
-        ).returncode
+        return run_python(*arguments, env={**os.environ, **settings, **environment}).returncode
 
     def files() -> dict[str, str]:
         texts = {path.name: path.read_text() for path in Path("out").iterdir()}

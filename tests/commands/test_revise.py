@@ -4,7 +4,6 @@ import gzip
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from itertools import islice
@@ -15,6 +14,7 @@ import pytest
 import torch
 import yaml
 from scripted_speaker import ScriptedSpeaker
+from warm import run_python
 
 from fedsafe.cli import main
 from fedsafe.commands import revise as command
@@ -353,9 +353,9 @@ def test_killed_and_run_again_gives_the_same_files(tiny_llama: Path) -> None:
     given += ["--input", source, "--base", str(tiny_llama)]
 
     def run(output: str, **environment: str) -> int:
-        arguments = [sys.executable, "-m", "fedsafe", "revise", *given, "--output", output]
+        arguments = ["-m", "fedsafe", "revise", *given, "--output", output]
         own = {"PYTHONPATH": str(HERE), "JUDGED": f"{output}.judged", **environment}
-        return subprocess.run(arguments, env={**os.environ, **own}, check=False).returncode
+        return run_python(*arguments, env={**os.environ, **own}).returncode
 
     assert run("whole/pairs.jsonl") == 0
     num_judged = Path("whole/pairs.jsonl.judged").stat().st_size

@@ -1,9 +1,8 @@
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from warm import run_python
 
 from fedsafe.data.tokenizer import load_tokenizer, train_tokenizer
 
@@ -22,16 +21,15 @@ def test_frequent_words_become_tokens_and_the_size_is_kept() -> None:
     assert len(tokenizer(" the sleeps")["input_ids"]) < len(" the sleeps")
 
 
-def test_the_same_texts_give_the_same_tokenizer_in_any_process() -> None:
-    code = (
+def test_the_same_texts_give_the_same_tokenizer_in_any_process(tmp_path: Path) -> None:
+    script = tmp_path / "another.py"
+    script.write_text(
         "import json, sys; from fedsafe.data.tokenizer import train_tokenizer;"
         "print(train_tokenizer(json.loads(sys.argv[1]), vocab_size=300).backend_tokenizer.to_str())"
     )
     # Every distinct pair below is equally frequent, so the merges hang on how ties are broken.
     texts = [f"{a}{b}" for a in "abcdefghij" for b in "klmnopqrst"]
-    printed = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(texts)], capture_output=True, text=True, check=True
-    )
+    printed = run_python(script, json.dumps(texts))
     here = train_tokenizer(texts, vocab_size=300)
     assert printed.stdout.strip() == here.backend_tokenizer.to_str()
 

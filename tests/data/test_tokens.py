@@ -1,7 +1,5 @@
 import json
 import pickle
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -11,6 +9,7 @@ import datasets
 import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
+from warm import run_python
 
 from fedsafe.data import tokens as tokens_module
 from fedsafe.data.chat import render_answers, tokenize_rendered
@@ -113,14 +112,15 @@ def test_another_process_finds_the_same_cache(
 ) -> None:
     tokenizer.save_pretrained(folder / "tokenizer")
     write_samples()
-    code = (
+    script = folder / "another.py"
+    script.write_text(
         "import datasets; datasets.config.HF_DATASETS_CACHE = 'cache'\n"
         "from fedsafe.data.sources import load_samples\n"
         "from fedsafe.data.tokenizer import load_tokenizer\n"
         "from fedsafe.data.tokens import tokenize_samples\n"
         "tokenize_samples(load_samples('a.jsonl'), load_tokenizer('tokenizer'), max_length=64)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert run_python(script).returncode == 0
     forbid_tokenizing()
     tokenize_samples(
         load_samples("a.jsonl"), load_tokenizer(str(folder / "tokenizer")), max_length=64

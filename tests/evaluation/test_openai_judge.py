@@ -1,7 +1,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import textwrap
 import time
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 from asked_judge import FAST, KEY, ask, ask_server, prompt
 from openai_server import OpenAIServer, Response, error, late, says
+from warm import Started, start_python
 
 from fedsafe.evaluation import judge as reasons
 from fedsafe.evaluation.judge import Judgement
@@ -268,27 +268,29 @@ _RUN = """
 """
 
 
-def test_a_killed_evaluation_goes_on_and_asks_nothing_twice(own_cache: Path) -> None:
+def test_a_killed_evaluation_goes_on_and_asks_nothing_twice(
+    own_cache: Path, tmp_path: Path
+) -> None:
     def script(text: str, number: int) -> Response:
         if len(server.requests) == 9:
             os.kill(process.pid, signal.SIGKILL)
         return says(f"[[{int(text) % 10 + 1}]]")
 
-    def start() -> "subprocess.Popen[str]":
-        command = [sys.executable, "-c", textwrap.dedent(_RUN), url]
+    def start(name: str) -> Started:
         environment = {**os.environ, "GOOSE_KEY": KEY}
-        return subprocess.Popen(
-            command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+        output, errors = (tmp_path / f"{name}.{stream}" for stream in ("out", "err"))
+        return start_python(file, url, output=output, errors=errors, env=environment)
 
+    file = tmp_path / "evaluation.py"
+    file.write_text(textwrap.dedent(_RUN))
     server = OpenAIServer(script, key=KEY)
     with server.running() as url:
-        process = start()
-        log = process.communicate()[1]
-        assert process.returncode == -signal.SIGKILL, log
+        process = start("killed")
+        assert process.wait() == -signal.SIGKILL, (tmp_path / "killed.err").read_text()
         num_asked = len(server.requests)
-        process = start()
-        output, log = process.communicate()
+        process = start("again")
+        process.wait()
+    output, log = ((tmp_path / f"again.{stream}").read_text() for stream in ("out", "err"))
     assert json.loads(output.replace("'", '"')) == [f"[[{n % 10 + 1}]]" for n in range(20)]
     # what was under way when it was killed may have to be asked again
     assert 20 <= len(server.requests) <= 20 + 2

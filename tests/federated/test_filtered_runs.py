@@ -2,14 +2,13 @@
 
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from warm import run_python
 from word_guard import WordGuard
 
 from fedsafe.federated.client_drift import Scaffold
@@ -151,9 +150,7 @@ def test_a_filtered_run_killed_in_its_scan_and_in_training_is_the_run_that_never
         monkeypatch.setenv("FEDSAFE_CACHE", str(tmp_path / f"cache of {folder}"))
         arguments = [tiny_gpt2, conversations, tmp_path / folder, *options]
         script = Path(__file__).with_name("killed_run.py")
-        return subprocess.run(
-            [sys.executable, script, "--filter", "red", *map(str, arguments)], check=False
-        ).returncode
+        return run_python(script, "--filter", "red", *arguments).returncode
 
     assert train("whole") == 0
     assert train("killed", "--kill-scan", "2") == -signal.SIGKILL
