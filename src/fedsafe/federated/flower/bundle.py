@@ -35,6 +35,7 @@ arguments = "[]"
 cwd = "."
 state = ""
 """
+_COMPONENTS = {"serverapp": SERVER_APP, "clientapp": CLIENT_APP}
 _OTHERS = {".info/CONTENT"}
 """What Flower adds: the list of the files."""
 
@@ -54,7 +55,7 @@ def check_bundle(content: bytes) -> None:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             names = set(archive.namelist())
             project = tomllib.loads(archive.read(PYPROJECT).decode())
-        client_app = project["tool"]["flwr"]["app"]["components"]["clientapp"]
+        components = project["tool"]["flwr"]["app"]["components"]
     except (zipfile.BadZipFile, KeyError, TypeError, UnicodeError, tomllib.TOMLDecodeError):
         raise ValueError("what the server sent is no app of Flower's") from None
     if unknown := names - {PYPROJECT} - _OTHERS:
@@ -62,7 +63,7 @@ def check_bundle(content: bytes) -> None:
             f"the server sent code of its own ({len(unknown)} files, the first is "
             f"{min(unknown)!r}); this node runs nothing but its own fedsafe"
         )
-    if client_app != CLIENT_APP:
+    if components != _COMPONENTS:  # more would be another kind of app for Flower to run here
         raise ValueError(
-            f"the server asks for the app {client_app!r}; this node runs nothing but {CLIENT_APP!r}"
+            f"the server asks for {components!r}; this node runs nothing but {_COMPONENTS!r}"
         )
