@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,6 +74,66 @@ def test_what_is_refused_never_reaches_the_application(kind: str, answer: str) -
     asyncio.run(NodesAlone(application)(scope, receive, send))
     assert sent[0]["type"] == answer
     assert sent[0].get("status", 403) == 403
+
+
+def answer(gate: NodesAlone, scope: dict[str, Any]) -> int:
+    """Status of what a gate answers; the application answers 200."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "http.request"}
+
+    asyncio.run(gate(scope, receive, send))
+    return sent[0]["status"]
+
+
+async def application(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "expected"),
+    [
+        pytest.param(CONTROL, [(b"x-fedsafe-secret", b"right")], 200, id="the-secret"),
+        pytest.param(CONTROL, [(b"x-fedsafe-secret", b"wrong")], 403, id="another-secret"),
+        pytest.param(CONTROL, [], 403, id="no-secret"),
+        pytest.param(FLEET, [], 200, id="a-node-needs-none"),
+    ],
+)
+def test_another_user_of_the_servers_machine_needs_the_secret(
+    path: str, headers: list[tuple[bytes, bytes]], expected: int
+) -> None:
+    scope = {**asked(path, "127.0.0.1"), "headers": headers}
+    assert answer(NodesAlone(application, "right"), scope) == expected
+
+
+def test_the_secret_is_of_no_use_from_another_machine() -> None:
+    scope = {**asked(CONTROL, "10.0.0.9"), "headers": [(b"x-fedsafe-secret", b"right")]}
+    assert answer(NodesAlone(application, "right"), scope) == 403
+
+
+@pytest.mark.parametrize(
+    ("listed", "key", "expected"),
+    [
+        pytest.param('["ada", "bob"]', b"ada", 200, id="listed"),
+        pytest.param('["ada", "bob"]', b"cyd", 410, id="not-listed"),
+        pytest.param('["ada", "bob"]', None, 410, id="no-key"),
+        pytest.param("null", b"cyd", 200, id="anyone-may"),
+        pytest.param(None, b"ada", 503, id="not-ready-yet"),
+    ],
+)
+def test_a_node_is_let_in_by_its_key(
+    tmp_path: Path, listed: str | None, key: bytes | None, expected: int
+) -> None:
+    file = tmp_path / "keys.json"
+    if listed is not None:
+        file.write_text(listed)
+    headers = [] if key is None else [(b"flwr-public-key", key)]
+    scope = {**asked(FLEET, "10.0.0.9"), "headers": headers}
+    assert answer(NodesAlone(application, None, file), scope) == expected
 
 
 @pytest.fixture(scope="module")
