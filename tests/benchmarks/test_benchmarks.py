@@ -1,13 +1,12 @@
 """Each benchmark's quick mode runs and ends with a line of JSON that has the promised keys."""
 
 import json
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from warm import run_python
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -25,12 +24,7 @@ needs_psutil = pytest.mark.skipif(
 
 def last_line(script: str, *arguments: str) -> dict[str, Any]:
     """What a benchmark prints last."""
-    finished = subprocess.run(
-        [sys.executable, str(FOLDER / script), "--quick", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    finished = run_python(FOLDER / script, "--quick", *arguments)
     assert finished.returncode == 0, finished.stderr
     figures = json.loads(finished.stdout.splitlines()[-1])
     assert figures["quick"] is True

@@ -1,7 +1,6 @@
 """`benchmarks/gpu.py`: it asks for a GPU, its sides do the same work, its FLOPs are right."""
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from warm import run_python
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 SECTIONS = ["rate", "train", "chat", "guard", "revision", "adapter", "zero"]
@@ -20,12 +20,7 @@ SECTIONS = ["rate", "train", "chat", "guard", "revision", "adapter", "zero"]
 def sections() -> dict[str, Any]:
     """The lines of the quick mode by section."""
     pytest.importorskip("accelerate", reason="transformers.Trainer needs it")
-    finished = subprocess.run(
-        [sys.executable, str(FOLDER / "gpu.py"), "--quick", "--device", "cpu"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    finished = run_python(FOLDER / "gpu.py", "--quick", "--device", "cpu")
     assert finished.returncode == 0, finished.stderr
     lines = [json.loads(line) for line in finished.stdout.splitlines() if line.startswith("{")]
     assert [line["section"] for line in lines] == SECTIONS
