@@ -21,6 +21,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt  # the backend is chosen before pyplot loads
 
 MAX_CLIENT_ROWS = 20
+_STATUSES = ("ok", "failed", "late", "refused")
 DEEDS = ("dropped", "refused")
 """What a filter may do to a sample; counts of it have these names."""
 
@@ -215,7 +216,7 @@ def _draw(panel: Any, rows: Sequence[dict[str, Any]], names: Sequence[str], labe
 
 
 def _visit_counts(visits: Sequence[dict[str, Any]]) -> str:
-    counts = {s: sum(v["status"] == s for v in visits) for s in ("ok", "failed", "refused")}
+    counts = {s: sum(v["status"] == s for v in visits) for s in _STATUSES}
     return ", ".join(f"{count} {status}" for status, count in counts.items() if count)
 
 

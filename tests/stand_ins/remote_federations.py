@@ -7,7 +7,7 @@ from typing import Any
 from federations import CLIENT_SIZES, Federation
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from memory_post import MemoryPost
+from memory_post import MemoryPost, Node
 
 from fedsafe.federated.remote.client_trainer import ClientTrainer
 from fedsafe.federated.remote.fleet import Fleet
@@ -41,11 +41,12 @@ def build_node(
     )
 
 
-def build_post(*, base: Path, path: Path, **settings: Any) -> MemoryPost:
+def build_nodes(
+    *, base: Path, path: Path, names: tuple[str, ...] = tuple(sorted(CLIENT_SIZES)), **settings: Any
+) -> dict[int, Node]:
     """A node for each client, numbered from 11 on; the settings are those of `build_node`."""
-    names = sorted(CLIENT_SIZES)
-    nodes = [build_node(name, base=base, path=path, **settings) for name in names]
-    return MemoryPost({number: node.answer for number, node in enumerate(nodes, start=11)})
+    nodes = [build_node(name, base=base, path=path, **deepcopy(settings)) for name in names]
+    return {number: node.answer for number, node in enumerate(nodes, start=11)}
 
 
 def build_server(
@@ -61,7 +62,7 @@ def build_server(
     callbacks: tuple[Callback, ...] = (),
 ) -> Federation:
     """The server of a federation; the settings replace single ones."""
-    waiting = {"patience_seconds": 0.5, "grace_seconds": 0.0, "deadline_seconds": 30.0}
+    waiting = {"patience_seconds": 0.5, "grace_seconds": 0.5, "deadline_seconds": 30.0}
     federated = RemoteRounds(**_steps(rounds))
     federated.connect(Fleet(**{"min_clients": 1, **waiting, **(fleet or {})}), post)
     trainer = {

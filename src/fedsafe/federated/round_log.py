@@ -45,6 +45,18 @@ class RoundLog:
         if self.file.exists():
             write_whole(self.file, map(_line, rows))
 
+    def refuse_any(self) -> None:
+        """Refuse to begin a run where one has been.
+
+        Raises:
+            ValueError: If there are finished rounds.
+        """
+        if self.read():
+            raise ValueError(
+                f"{self.file.parent} holds another run; resume it with ckpt_path, or give the "
+                "Trainer another default_root_dir"
+            )
+
     def append(self, row: dict[str, Any]) -> None:
         """Write one round and make sure that it is on disk."""
         self.file.parent.mkdir(parents=True, exist_ok=True)

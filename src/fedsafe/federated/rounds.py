@@ -292,11 +292,8 @@ class FederatedRounds(RoundEvaluation):
         if self._resumed is not None:
             self.server.load_state_dict(self._resumed["server"])
             self._restore(self._resumed["training"])
-        elif self._log.read():
-            raise ValueError(
-                f"{self._log.file.parent} holds another run; resume it with ckpt_path, or give the "
-                "Trainer another default_root_dir"
-            )
+        else:
+            self._log.refuse_any()
         if trainer.is_global_zero:
             self._log.keep(self._round - (self._row is not None))
             self._data.write_verdicts(Path(trainer.default_root_dir))

@@ -27,6 +27,7 @@ MAX_CLIENTS = 24
 """Clients that tables and pictures name; of more, those with the most samples or visits."""
 MAX_VISITS = 200
 """Visits that the table of them has, the last ones."""
+_HELD_OUT = {"val/loss": "held-out loss", "val/loss_start": "held-out loss before the round"}
 
 
 def run_page(run: RunRecord) -> Page:
@@ -106,8 +107,8 @@ def _result_name(name: str) -> str:
 def _rounds(run: RunRecord) -> list[Block]:
     if not run.rounds:
         return [Text("No round has finished.", tone="missing")]
-    names = [name for name in _measures_by_round(run) if name != "val/loss"]
-    columns = ["loss", *(["val/loss"] if run.measure("val/loss") else []), *names]
+    names = [name for name in _measures_by_round(run) if name not in _HELD_OUT]
+    columns = ["loss", *(name for name in _HELD_OUT if run.measure(name)), *names]
     rows = [
         [str(row["round"]), *(_cell(name, row.get(name)) for name in columns)]
         for row in ([{"round": 0, **run.before}] if run.before else []) + run.rounds
@@ -134,11 +135,11 @@ def _measures_by_round(run: RunRecord) -> list[str]:
 
 
 def _by_round_name(name: str) -> str:
-    return "held-out loss" if name == "val/loss" else in_words(name)
+    return _HELD_OUT.get(name) or in_words(name)
 
 
 def _cell(name: str, value: float | None) -> str:
-    return number(value, 3 if leaf(name) == "loss" else 1 if is_percent(name) else 2)
+    return number(value, 3 if name in ("loss", *_HELD_OUT) else 1 if is_percent(name) else 2)
 
 
 def _filter(run: RunRecord) -> list[Block]:
@@ -153,8 +154,11 @@ def _filter(run: RunRecord) -> list[Block]:
     if done["held_out"]["judged"]:
         rows.append(_filter_row({"client": "held out", **done["held_out"]}))
     headings = ["client", "judged", "unsafe", "dropped", "refused", "left", "precision", "recall"]
+    one = done["threshold"] is not None
     notes = [
-        f"Guard {done['guard']}, policy {done['policy']}, unsafe from {done['threshold']:g}.",
+        f"Guard {done['guard']}, policy {done['policy']}, unsafe from {done['threshold']:g}."
+        if one
+        else "Each client judged its own samples, with a guard and by a policy of its own.",
         "Precision and recall are against the labels in the data, where there are any.",
     ]
     if len(done["clients"]) > len(shown):
@@ -226,7 +230,11 @@ def _cai_grid(run: RunRecord) -> Grid:
 def _updates(run: RunRecord) -> list[Block]:
     if not run.rounds:
         return [Text("No round has finished.", tone="missing")]
-    visits = [(row["round"], visit) for row in run.rounds for visit in row["clients"]]
+    visits = [
+        (row["round"], visit)
+        for row in run.rounds
+        for visit in [*row["clients"], *row.get("strays", [])]
+    ]
     rows = [
         [
             str(place),
@@ -277,9 +285,10 @@ def environment(run: RunRecord) -> list[Block]:
 def _configuration(run: RunRecord) -> list[Block]:
     if run.config is None:
         return [Text("There is no config.yaml in this folder.", tone="missing")]
+    given = (run.about.get("command") or [])[1:3]
     again = [
         "fedsafe",
-        "fit",
+        *(given if given == ["federate", "server"] else ["fit"]),
         "--config",
         str(run.folder / "config.yaml"),
         "--run_dir",

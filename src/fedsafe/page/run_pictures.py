@@ -22,7 +22,11 @@ _SHORT = {"refusal_rate": "refused", "over_refusal_rate": "refused needlessly"}
 
 def round_pictures(run: RunRecord, names: Sequence[str]) -> Pictures:
     """The losses, and a picture for the percentages and one for the scores of each benchmark."""
-    losses = {"training": run.measure("loss"), "held out": run.measure("val/loss")}
+    losses = {
+        "training": run.measure("loss"),
+        "held out": run.measure("val/loss"),
+        "held out, before the round": run.measure("val/loss_start"),
+    }
     lines = _lines({name: points for name, points in losses.items() if points})
     pictures = []
     if lines:

@@ -50,6 +50,7 @@ TABLE = {
 ROUND = {
     "round": int,
     "clients": [{"client": str, "status": str}],
+    "strays": Maybe([{"client": str, "status": str}]),
     "cai": Maybe(_CAI_VISIT),
     "cai_before": Maybe(_CAI_VISIT),
     **dict.fromkeys(("seconds", "tokens", "bytes_up", "bytes_down"), (int, float)),
@@ -57,7 +58,7 @@ ROUND = {
 FILTER = {
     "guard": str,
     "policy": str,
-    "threshold": (int, float),
+    "threshold": NUMBER,
     "total": _FILTERED,
     "held_out": _FILTERED,
     "shortened": int,

@@ -28,6 +28,7 @@ MEASURES = {
     "adjusted_win_rate": "won, and half of the drawn",
     "num_unscored": "items without a score",
     "loss": "loss, nats per answer token",
+    "loss_start": "held-out loss before the round, nats per answer token",
     "update_norm": "length of the clients' updates",
     "cosine_to_mean": "agreement of the clients' updates",
 }

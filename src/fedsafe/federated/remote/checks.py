@@ -38,6 +38,10 @@ def check_node(facts: NodeFacts, *, run: str, names: list[str] | None) -> None:
         raise ValueError(f"{name} is not among fleet.clients")
     _check_count("num_samples", facts.num_samples)
     _check_count("num_answer_tokens", facts.num_answer_tokens)
+    for what, count in facts.filtered.items():
+        if not isinstance(count, int):
+            raise ValueError(f"{what} of its filter is no whole number")
+        _check_count(f"{what} of its filter", count)
     if facts.num_answer_tokens < facts.num_samples:
         raise ValueError(
             f"{name} holds {facts.num_samples} samples with {facts.num_answer_tokens} answer "

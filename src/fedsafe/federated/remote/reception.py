@@ -18,6 +18,8 @@ POLL_SECONDS = 0.2
 """How often the post is asked for answers."""
 NODES_SECONDS = 1.0
 """How often it is asked who can be reached."""
+RETRY_SECONDS = 30.0
+"""How long after it a node that was refused is greeted again: it may have been set right."""
 
 
 @dataclass
@@ -127,7 +129,8 @@ class Reception:
     def _greet(self) -> None:
         letter = Greeting(self._roster.run).letter()
         for node, known in self._nodes.items():
-            if known.ticket or not known.is_being_greeted:
+            waited = time.monotonic() - known.asked_at
+            if known.ticket or known.facts or (known.problem and waited < RETRY_SECONDS):
                 continue
             sent = self._post.send({node: letter}, expires_seconds=self._fleet.patience_seconds)
             known.ticket, known.asked_at = sent.get(node), time.monotonic()
@@ -141,7 +144,7 @@ class Reception:
             known = self._nodes[node]
             known.ticket = None
             try:
-                known.facts = self._checked(node, delivery)
+                known.facts, known.problem = self._checked(node, delivery), None
             except (ValueError, RecursionError) as error:
                 self._refuse(node, shown(str(error)))
         for node, known in self._nodes.items():
@@ -169,8 +172,9 @@ class Reception:
         return said
 
     def _refuse(self, node: int, why: str) -> None:
+        if self._nodes[node].problem != why:
+            say(f"node {node} is refused: {why}")
         self._nodes[node].problem = why
-        say(f"node {node} is refused: {why}")
 
     # ---- names and numbers -----------------------------------------------------------------------
 
@@ -243,6 +247,7 @@ class Reception:
         member.node = node
         member.num_samples = said.num_samples
         member.num_answer_tokens = said.num_answer_tokens
+        member.filtered = said.filtered
         self._roster.write()
 
     def _too_few(self, here: int) -> str:

@@ -7,7 +7,7 @@ started again.
 import json
 import uuid
 from collections.abc import Container, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,8 @@ class Member:
     num_samples: int = 0
     """Samples that it trains on, as it last said."""
     num_answer_tokens: int = 0
+    filtered: dict[str, int] = field(default_factory=dict)
+    """What its filter did, in numbers; empty without one."""
 
 
 class Roster:

@@ -16,6 +16,7 @@ from lightning import LightningModule, Trainer
 from fedsafe.data.packing import TrainingBatch
 from fedsafe.federated.planning import make_schedule
 from fedsafe.federated.remote.facts import VisitOrder, VisitReport
+from fedsafe.federated.remote.filter_counts import write_filter_counts
 from fedsafe.federated.remote.fleet import Fleet
 from fedsafe.federated.remote.post import Post
 from fedsafe.federated.remote.reception import Reception
@@ -107,6 +108,7 @@ class RemoteRounds(FederatedRounds):
         )
         self._partition = partition
         self._data.schedule = self._schedule
+        write_filter_counts(self._roster.file.parent, self._roster.members)
         return nodes
 
     def _plan_of(self, nodes: Mapping[int, int]) -> RoundPlan:
@@ -239,7 +241,11 @@ class RemoteRounds(FederatedRounds):
 
     def _open(self, trainer: Trainer, module: LoraLM, post: Post) -> None:
         file = Path(trainer.default_root_dir) / FILE
-        self._roster = Roster(file) if self._resumed is None else Roster.read(file)
+        if self._resumed is None:
+            self._log.refuse_any()  # before its roster is written over
+            self._roster = Roster(file)
+        else:
+            self._roster = Roster.read(file)
         for name in self.fleet.clients or ():
             self._roster.add(name)
         settings = shared_settings(
