@@ -372,3 +372,20 @@ def test_samples_that_the_base_cannot_read_are_refused_at_once(node: NodeMaker) 
                 },
             }
         )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_base_stays_on_the_gpu_from_visit_to_visit(
+    node: NodeMaker, adapter: FlatAdapter
+) -> None:
+    trainer = node(trainer={"accelerator": "gpu", "devices": 1}, data={"validation_share": 0.3})
+    letter = letter_of(order_for(validate=True), adapter, adapter.read())
+    first, again = trainer.answer(letter), trainer.answer(letter)
+    assert {p.device.type for p in trainer._module.parameters()} == {"cuda"}
+    trained = [
+        unpack_adapter(adapter, given.tensors, [], encoding="float32")[0]
+        for given in (first, again, node(data={"validation_share": 0.3}).answer(letter))
+    ]
+    torch.testing.assert_close(trained[0], trained[1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(trained[0], trained[2], rtol=1e-3, atol=1e-4)

@@ -7,7 +7,8 @@ was killed and started again answers as before.
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, cast, get_args
 
@@ -166,14 +167,15 @@ class ClientTrainer:
         settings = {**deepcopy(self._trainer_settings), "callbacks": [held_out, *callbacks]}
         started = time.perf_counter()
         self._is_training = True
-        update = train_client(
-            self._module,
-            self._batches(order),
-            start=start,
-            client=order.client,
-            drift=told,
-            trainer_settings=settings,
-        )
+        with _staying_on_device(self._module):
+            update = train_client(
+                self._module,
+                self._batches(order),
+                start=start,
+                client=order.client,
+                drift=told,
+                trainer_settings=settings,
+            )
         self._is_training = False
         report = VisitReport(
             run=order.run,
@@ -248,6 +250,16 @@ class _ToldDrift(ClientDrift):
 
     def collect(self, client: int, correction: Correction) -> None:
         self.learnt = correction.learnt()
+
+
+@contextmanager
+def _staying_on_device(module: LoraLM) -> Iterator[None]:
+    """Keep a model where it is: Lightning moves it to the CPU, whole, whenever a fit ends."""
+    module.cpu = lambda: module  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.cpu
 
 
 def _names_sent(drift: ClientDrift | None, *, num_params: int) -> list[str]:
