@@ -17,6 +17,7 @@ from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from fedsafe import __version__
 from fedsafe.federated.flower.node_file import Node
 from fedsafe.federated.flower.private_line import (
     call,
@@ -33,7 +34,7 @@ LOG = "resident.log"
 CANNOT_START = "cannot start: "
 """What the line of the log begins with that says why."""
 
-_LIBRARIES = ("fedsafe", "torch", "lightning", "transformers", "peft")
+_LIBRARIES = ("torch", "lightning", "transformers", "peft")
 _POLL_SECONDS = 0.05
 _TRIES = 2
 _START_SECONDS = 3600.0
@@ -129,7 +130,7 @@ def _recipe(node_file: Path) -> bytes:
     digest = blake2b(node_file.read_bytes(), digest_size=16)
     for config in node.configs():
         digest.update(config.read_bytes() if config.is_file() else b"")
-    digest.update(repr([sys.executable, *map(version, _LIBRARIES)]).encode())
+    digest.update(repr([sys.executable, __version__, *map(version, _LIBRARIES)]).encode())
     return digest.hexdigest().encode()
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
+from fedsafe import __version__
 from fedsafe.data.tokens import tokenizer_key
 from fedsafe.model.identity import numbers_of
 
@@ -37,7 +38,7 @@ _MODEL = (
 )
 _DATA = ("batch_size", "max_length")
 _FEDERATED = ("mode", "local_steps", "local_epochs")
-_LIBRARIES = ("fedsafe", "torch", "transformers", "peft")
+_LIBRARIES = ("torch", "transformers", "peft")
 _ADAPTER = "lora_"
 _WRAPPED = ".base_layer."
 _SAMPLED = 64
@@ -84,7 +85,8 @@ def shared_settings(
 
 def library_versions() -> dict[str, str]:
     """Versions of what training depends on, without the device that they were built for."""
-    return {name: version(name).partition("+")[0] for name in _LIBRARIES}
+    others = {name: version(name).partition("+")[0] for name in _LIBRARIES}
+    return {"fedsafe": __version__, **others}
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
