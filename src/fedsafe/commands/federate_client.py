@@ -8,8 +8,6 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
-
 from fedsafe.commands.federate_sides import SideParser, interrupted_by_sigterm
 from fedsafe.federated.flower import resident_call
 from fedsafe.federated.flower.client_app import NODE_FILE
@@ -19,7 +17,6 @@ from fedsafe.federated.flower.reachability import Address, check_server
 from fedsafe.federated.flower.supernode import REFUSED
 
 _POLL_SECONDS = 0.5
-RESIDENT = "fedsafe.federated.flower.resident"
 _AGAIN_SECONDS = 2.0
 """Pause before a server is tried again."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -29,6 +26,7 @@ def run_client(arguments: list[str]) -> None:
     """Write the node's file, warm its resident up, and keep its SuperNode running."""
     given, training = parser().parse_known_args(arguments)
     settings = _check(given)
+    check_server(settings.server, settings.root_certificate)  # it may come later; a wrong one not
     node_file = _write_node(settings, given, training)
     with interrupted_by_sigterm():
         try:
@@ -168,14 +166,11 @@ def _warm_up(settings: Settings, node_file: Path) -> None:
 
 
 def _end_resident(node_file: Path) -> None:
-    """End the process that trains; in the middle of a visit, kill it."""
+    """End the process that trains, whatever it is doing."""
     try:
         resident_call.stop(node_file)
-    except resident_call.ResidentError:
-        for process in psutil.process_iter(["cmdline"]):
-            command = process.info["cmdline"] or []
-            if str(node_file) in command and RESIDENT in command:
-                process.kill()
+    except resident_call.ResidentError as error:
+        _say(str(error))
 
 
 def _take_part(settings: Settings, node_file: Path) -> None:

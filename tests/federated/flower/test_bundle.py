@@ -6,7 +6,17 @@ import zipfile
 import pytest
 
 pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedsafe[flower]'")
-from fedsafe.federated.flower.bundle import CLIENT_APP, PYPROJECT, build_bundle, check_bundle
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+from flwr.supercore.object_ref import load_app
+
+from fedsafe.federated.flower.bundle import (
+    CLIENT_APP,
+    PYPROJECT,
+    SERVER_APP,
+    build_bundle,
+    check_bundle,
+)
 
 OURS = f"""
 [tool.flwr.app.components]
@@ -66,3 +76,8 @@ def test_what_travels_is_a_text_of_names_alone() -> None:
     with zipfile.ZipFile(io.BytesIO(build_bundle())) as archive:
         assert set(archive.namelist()) == {PYPROJECT, ".info/CONTENT"}
         assert len(archive.read(PYPROJECT)) < 1000
+
+
+def test_flower_finds_the_apps_that_it_names() -> None:
+    assert isinstance(load_app(CLIENT_APP, ValueError), ClientApp)
+    assert isinstance(load_app(SERVER_APP, ValueError), ServerApp)

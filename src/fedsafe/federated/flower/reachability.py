@@ -60,9 +60,7 @@ def check_server(address: Address, root_certificate: Path | None) -> bool:
                 _greet_plainly(connection, address)
             else:
                 _shake_hands(connection, address, root_certificate)
-        except ConnectionError:
-            return False
-        except TimeoutError:
+        except (ConnectionError, TimeoutError):
             return False
     return True
 
@@ -104,16 +102,20 @@ def _advice(error: ssl.SSLCertVerificationError, root_certificate: Path) -> str:
 
 def _greet_plainly(connection: socket.socket, address: Address) -> None:
     connection.sendall(f"GET /health HTTP/1.1\r\nHost: {address}\r\n\r\n".encode())
-    answer = connection.recv(5)
-    if not answer:  # closed without a word: TLS, or a server that is just ending
-        if _speaks_tls(address):
-            raise ValueError(
-                f"{address} speaks TLS; give the file that its certificate is checked with, "
-                "--root_certificate"
-            )
-        raise ConnectionError
-    if answer != b"HTTP/":
+    try:
+        answer = connection.recv(5)
+    except ConnectionError:
+        answer = b""
+    if answer == b"HTTP/":
+        return
+    if _speaks_tls(address):
+        raise ValueError(
+            f"{address} speaks TLS; give the file that its certificate is checked with, "
+            "--root_certificate"
+        )
+    if answer:
         raise ValueError(f"what answers at {address} is no server of Flower's")
+    raise ConnectionError  # it is just ending, or not yet ready
 
 
 def _speaks_tls(address: Address) -> bool:
