@@ -176,6 +176,25 @@ def test_a_trainer_that_cannot_start_says_why(argument: str, why: str, node_file
     assert asked(node_file)
 
 
+def test_of_ranks_that_cannot_start_the_first_reason_is_told(
+    node_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*started, light_resident.__file__, str(node_file)]
+    monkeypatch.setattr(resident_call, "_command", lambda node, node_file: command)
+    set_up(node_file, "fail")
+    with pytest.raises(ResidentError, match=r"the trainer could not be started: there is no base$"):
+        asked(node_file, timeout_seconds=100)
+
+
+def test_several_ranks_are_started_by_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    node = Node("ada", [], cwd="/home", num_ranks=4)
+    command = resident_call._command(node, Path("/node.json"))
+    assert command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
+    assert command[5:] == ["-m", "fedsafe.federated.flower.resident", "/node.json"]
+
+
 def test_a_trainer_ends_when_nobody_has_asked_for_a_while(node_file: Path) -> None:
     set_up(node_file, idle_seconds=0.5)
     first = asked(node_file)
