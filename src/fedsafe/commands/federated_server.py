@@ -41,12 +41,31 @@ class ServerCLI(FedsafeCLI):
 
     def before_instantiate_classes(self) -> None:
         """Leave out what only the nodes need: its files need not be here."""
-        data = self.config[self.subcommand].data
-        data.path = data.filter = data.partition = None
+        config = self.config[self.subcommand]
+        config.data.path = config.data.filter = config.data.partition = None
         super().before_instantiate_classes()
+        _keep_to_one(config.trainer)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Tell the rounds whom to ask."""
         made = self.config_init[self.subcommand]
         made.federated.connect(made.fleet, self.post)
         return super().instantiate_trainer(**kwargs)
+
+
+def _keep_to_one(trainer: Any) -> None:
+    """Refuse several processes before a Trainer starts them; take one device of many.
+
+    Raises:
+        ValueError: If the Trainer's settings, or the launcher, ask for several.
+    """
+    if trainer.devices == "auto":
+        trainer.devices = 1
+    given = trainer.devices
+    is_one = given in (1, "1") or (isinstance(given, list) and len(given) == 1)
+    for name, fits in (("devices", is_one), ("num_nodes", trainer.num_nodes == 1)):
+        if not fits:
+            raise ValueError(
+                f"the server of a federation is one process on one device, and trainer.{name} is "
+                f"{getattr(trainer, name)}; set it to 1"
+            )
