@@ -3,14 +3,13 @@ import errno
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from warm import run_python, start_python
 
 from fedsafe.cli import main
 from fedsafe.federated.rounds import FederatedRounds
@@ -381,7 +380,7 @@ def test_early_stopping_counts_rounds(fit, tmp_path: Path) -> None:
 def test_killed_three_times_and_resumed_is_the_same_as_never_killed(
     config: Path, tmp_path: Path, seed: int
 ) -> None:
-    """The kills fall anywhere: while libraries load, in a visit, while a file is written."""
+    """The kills fall anywhere: in a visit, while a file is written."""
     import random
 
     rng = random.Random(seed)
@@ -393,21 +392,19 @@ def test_killed_three_times_and_resumed_is_the_same_as_never_killed(
     def command(name: str, *more: str) -> list[str]:
         configs = ["--config", str(config), "--config", str(extra)]
         run_dir = ["--run_dir", str(tmp_path / name)]
-        return [sys.executable, "-m", "fedsafe", "fit", *configs, *run_dir, *more]
+        return ["-m", "fedsafe", "fit", *configs, *run_dir, *more]
 
-    subprocess.run(command("whole"), check=True, capture_output=True)
+    assert run_python(*command("whole")).returncode == 0
     for number in range(3):
         more = ["--ckpt_path", "last"] if number else []
-        process = subprocess.Popen(
-            command("killed", *more), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        process = start_python(*command("killed", *more), output=tmp_path / "output.txt")
         target = rng.uniform(1 + 3 * number, 3 + 3 * number)  # in rounds
         wait_for_rounds(tmp_path / "killed" / "rounds.jsonl", int(target))
         time.sleep(rng.random() / 4)
         assert process.poll() is None, "the run ended before the kill"
         process.kill()
         process.wait()
-    subprocess.run(command("killed", "--ckpt_path", "last"), check=True, capture_output=True)
+    assert run_python(*command("killed", "--ckpt_path", "last")).returncode == 0
 
     assert adapter_bytes(tmp_path / "killed") == adapter_bytes(tmp_path / "whole")
     assert rows_without_seconds(tmp_path / "killed") == rows_without_seconds(tmp_path / "whole")

@@ -3,8 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from round_rows import without_seconds
 from torch.optim import AdamW
+from warm import run_python
 
 from fedsafe.data.augmentation import CaiAugmentation
 from fedsafe.data.pairs import load_pairs
@@ -382,9 +381,9 @@ def test_a_visit_resumed_from_any_of_its_steps_is_the_visit_that_never_was_cut(
         adaptive = {"regime": "adaptive", "refusal_floor": 100.0, "num_probe": 5, "probe_every": 2}
         made_here = {
             "ready": lambda: ready(files),
-            "renewed": lambda: made(files, iterations=20),
+            "renewed": lambda: made(files, iterations=12),
             "once": lambda: made(files, data={"renew": False}),
-            "adaptive": lambda: made(files, iterations=20, **adaptive),
+            "adaptive": lambda: made(files, iterations=8, **adaptive),
             "scaffold": lambda: ready(files),
             "central": lambda: ready(files),
         }[kind]()
@@ -419,9 +418,9 @@ def test_a_run_killed_inside_its_server_visits_is_the_run_that_never_was(
 ) -> None:
     def train(folder: str, *options: str) -> int:
         paths = [tiny_gpt2, conversations, tmp_path / folder]
-        arguments = [*map(str, paths), "--server", str(Path(files["prompts"]).parent), *options]
         script = Path(__file__).with_name("killed_run.py")
-        return subprocess.run([sys.executable, script, *arguments], check=False).returncode
+        server = Path(files["prompts"]).parent
+        return run_python(script, *paths, "--server", server, *options).returncode
 
     assert train("whole") == 0
     assert train("killed", "--kill-server", "2") == -signal.SIGKILL

@@ -2,8 +2,6 @@
 
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from warm import run_python
 
 from fedsafe.federated.client_drift import Scaffold
 from fedsafe.federated.round_log import RoundLog
@@ -165,9 +164,7 @@ def test_a_run_killed_again_and_again_is_the_run_that_never_was(
     def train(folder: str, *options: str) -> int:
         arguments = [tiny_gpt2, conversations, tmp_path / folder, *options]
         script = Path(__file__).with_name("killed_run.py")
-        return subprocess.run(
-            [sys.executable, script, *map(str, arguments)], check=False
-        ).returncode
+        return run_python(script, *arguments).returncode
 
     assert train("whole") == 0
     assert train("killed", "--kill-at", "2") == -signal.SIGKILL
