@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from ranks import rank_environment, torchrun
+from ranks import rank_environment, run_ranks, torchrun
 from round_rows import without_seconds
 from safetensors.torch import load_file
 
@@ -126,11 +126,6 @@ def adapter(run_dir: Path) -> torch.Tensor:
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
 
 
-def on_two_ranks(arguments: list[str], output: Path) -> None:
-    with launched(arguments, output) as run:
-        assert run.wait() == 0, output.read_text()
-
-
 def test_clients_in_parallel_go_on_after_a_kill_on_two_ranks_and_on_one(
     arguments: Arguments, tmp_path: Path
 ) -> None:
@@ -140,9 +135,7 @@ def test_clients_in_parallel_go_on_after_a_kill_on_two_ranks_and_on_one(
     assert status == 1
     assert seconds < 20
     shutil.copytree(killed, on_one)
-    on_two_ranks(
-        arguments(killed, "clients", UPDATES, "--ckpt_path", "last"), tmp_path / "resumed.txt"
-    )
+    run_ranks("-m", "fedsafe", *arguments(killed, "clients", UPDATES, "--ckpt_path", "last"))
     assert main(arguments(on_one, None, "--ckpt_path", "last")) == 0
     for resumed in (killed, on_one):
         assert torch.equal(adapter(resumed), adapter(whole))
@@ -153,12 +146,12 @@ def test_ddp_goes_on_after_a_kill_on_two_ranks_and_on_one(
     arguments: Arguments, tmp_path: Path
 ) -> None:
     whole, killed, on_one = (tmp_path / name for name in ("whole", "killed", "on-one"))
-    on_two_ranks(arguments(whole, "ddp"), tmp_path / "whole.txt")
+    run_ranks("-m", "fedsafe", *arguments(whole, "ddp"))
     status, seconds = kill_in_a_round(arguments(killed, "ddp"), killed, rank=0)
     assert status == 1
     assert seconds < 20
     shutil.copytree(killed, on_one)
-    on_two_ranks(arguments(killed, "ddp", "--ckpt_path", "last"), tmp_path / "resumed.txt")
+    run_ranks("-m", "fedsafe", *arguments(killed, "ddp", "--ckpt_path", "last"))
     assert torch.equal(adapter(killed), adapter(whole))
     assert rows(killed) == rows(whole)
     assert main(arguments(on_one, None, "--ckpt_path", "last")) == 0
