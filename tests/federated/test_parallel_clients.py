@@ -8,7 +8,7 @@ from typing import Any
 import parallel_runs
 import pytest
 import torch
-from parallel_runs import CASES
+from parallel_runs import CASES, RESUMED
 from ranks import run_ranks
 from round_rows import without_seconds
 from safetensors.torch import load_file
@@ -17,7 +17,6 @@ from torch import Tensor
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 EXCHANGES = ("updates", "sums")
-RESUMED = "scaffold-3"
 
 
 def adapters(folder: Path) -> dict[str, Tensor]:

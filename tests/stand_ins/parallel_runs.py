@@ -28,7 +28,8 @@ from fedsafe.federated.client_drift import Scaffold
 from fedsafe.federated.server_optimizer import FedAdam
 from fedsafe.strategies.client_parallel import ClientParallelStrategy
 
-NUM_ROUNDS = 3
+RESUMED = "scaffold-3"
+"""Has a third round, to go on with."""
 LOCAL_STEPS = 3
 BAD_CLIENT = 1
 GO_ON = "after-2.ckpt"
@@ -97,7 +98,11 @@ def make(
         model={"lora_dropout": 0.2, "warmup_steps": 2, "lr_schedule": "cosine"},
         data={"validation_share": 0.1},
         rounds=CASES[name]["rounds"],
-        trainer={"max_epochs": NUM_ROUNDS, **ranks, **CASES[name].get("trainer", {})},
+        trainer={
+            "max_epochs": 3 if name == RESUMED else 2,
+            **ranks,
+            **CASES[name].get("trainer", {}),
+        },
         callbacks=(RoundCheckpoint(), KeepSecond()),
     )
     if name == "refused":
