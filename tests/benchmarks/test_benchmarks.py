@@ -1,11 +1,15 @@
 """Each benchmark's quick mode runs and ends with a line of JSON that has the promised keys."""
 
 import json
+import re
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import run_ranks
 from warm import run_python
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -29,6 +33,21 @@ def last_line(script: str, *arguments: str) -> dict[str, Any]:
     figures = json.loads(finished.stdout.splitlines()[-1])
     assert figures["quick"] is True
     return figures
+
+
+def forked(
+    command: list[str], *, env: dict[str, str], **_: Any
+) -> subprocess.CompletedProcess[str]:
+    """What `subprocess.run` does, or torchrun with two ranks, in forks; prints figures alone."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    if command[:5] == [*launcher, "--nproc_per_node=2"]:
+        done = run_ranks(*command[5:])
+    else:
+        assert command[0] == sys.executable
+        done = run_python(*command[1:], env=env)
+        assert done.returncode == 0, done.stderr
+    done.stdout = "\n".join(re.findall(r"^[\d.]+$", done.stdout, flags=re.MULTILINE))
+    return done
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +99,15 @@ def test_many_clients_measures_planning_and_memory() -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_parallel_clients_are_set_beside_one_process() -> None:
-    figures = last_line("parallel_clients.py")
+def test_parallel_clients_are_set_beside_one_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    import parallel_clients
+
+    monkeypatch.setattr(parallel_clients.subprocess, "run", forked)
+    parallel_clients.main(["--quick"])
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     rates = figures["clients_per_second"]
     assert rates.keys() == {"clients_in_parallel", "one_process", "one_process_two_threads"}
     assert all(rate > 0 for rate in rates.values())
