@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
+from fedsafe.federated.flower.private_line import write_private
+
 NAME = "node.json"
 
 
@@ -44,10 +46,8 @@ class Node:
             ) from error
 
     def write(self, file: Path) -> None:
-        """Write it, whole or not at all."""
-        scratch = file.with_suffix(".part")
-        scratch.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        scratch.replace(file)
+        """Write it for its owner alone, whole or not at all."""
+        write_private(file, (json.dumps(asdict(self), indent=1) + "\n").encode())
 
     def configs(self) -> list[Path]:
         """The configuration files that the options name."""
