@@ -42,11 +42,10 @@ def test_two_ranks_train_what_one_process_trains(runs: Path, stage: str, case: s
     torch.testing.assert_close(two, one, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("case", ["made", RESUMED])
 @pytest.mark.parametrize("stage", ZERO)
-def test_two_ranks_make_the_pairs_of_one_process(runs: Path, stage: str, case: str) -> None:
+def test_two_ranks_make_the_pairs_of_one_process(runs: Path, stage: str) -> None:
     one, two = (
-        {file.name: file.read_text() for file in (runs / kind / case / "pairs").iterdir()}
+        {file.name: file.read_text() for file in (runs / kind / RESUMED / "pairs").iterdir()}
         for kind in ("one", stage)
     )
-    assert one == two
+    assert one == two != {}
