@@ -101,9 +101,7 @@ def test_bfloat16_halves_the_bytes_and_errs_by_its_rounding(
         assert 2 * ours["bytes_up"] == theirs["bytes_up"]
         assert 2 * ours["bytes_down"] == theirs["bytes_down"]
     moved, off = (here.adapter - here.start).norm(), (there.adapter - here.adapter).norm()
-    num_roundings = 4  # two rounds, down and up
-    assert 0 < off < num_roundings * 2**-9 * here.adapter.norm()
-    assert moved > 20 * off, (moved, off)
+    assert 0 < off < 2**-6 * moved  # a value is off by 2**-9 of itself at most, down and up
 
 
 def test_each_round_records_the_loss_of_the_adapter_that_it_began_with(

@@ -34,7 +34,7 @@ from fedsafe.federated.remote.held_out import HeldOutLoss
 from fedsafe.federated.remote.letter import Letter
 from fedsafe.federated.remote.own_data import OwnData
 from fedsafe.federated.remote.shared_settings import library_versions, shared_settings
-from fedsafe.federated.remote.tensors import pack_adapter, unpack_adapter
+from fedsafe.federated.remote.tensors import pack_update, unpack_adapter
 from fedsafe.federated.rounds import FederatedRounds
 from fedsafe.federated.trainer_settings import check_precision_for_drift
 from fedsafe.model.module import LoraLM
@@ -193,7 +193,9 @@ class ClientTrainer:
             start_tokens=held_out.num_tokens,
         )
         learnt = told.learnt if told is not None else {}
-        return report.letter(pack_adapter(self._adapter, update.adapter, learnt, encoding=encoding))
+        return report.letter(
+            pack_update(self._adapter, update.adapter, start, learnt, encoding=encoding)
+        )
 
     def _checked(self, order: VisitOrder) -> Encoding:
         """Refuse an order that is not for this client; returns how values travel."""

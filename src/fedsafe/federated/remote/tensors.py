@@ -63,6 +63,46 @@ def unpack_adapter(
     return vector, {name: named[name] for name in others}
 
 
+def pack_update(
+    adapter: FlatAdapter,
+    trained: Tensor,
+    start: Tensor,
+    others: Mapping[str, Tensor],
+    *,
+    encoding: Encoding,
+) -> bytes:
+    """What a client trained, for a letter.
+
+    As float32 the adapter itself, bit for bit. As bfloat16 what has changed: rounding then loses a
+    share of the change, where of the adapter itself it could lose all of a small one.
+
+    Args:
+        adapter: Gives names and shapes.
+        trained: The adapter, flat float32, shape ``(num_params,)``.
+        start: The one that it was trained from, as it arrived.
+        others: Vectors of the same shape, by name.
+        encoding: Type that the values are rounded to.
+    """
+    vector = trained if encoding == "float32" else trained - start.to(trained.device)
+    return pack_adapter(adapter, vector, others, encoding=encoding)
+
+
+def unpack_update(
+    adapter: FlatAdapter, data: bytes, start: Tensor, others: Iterable[str], *, encoding: Encoding
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Read what `pack_update` wrote; see `unpack_adapter`.
+
+    Args:
+        adapter: Gives names and shapes.
+        data: What arrived.
+        start: The adapter that was sent, before it was rounded.
+        others: Names of the other vectors.
+        encoding: The type that was agreed.
+    """
+    vector, named = unpack_adapter(adapter, data, others, encoding=encoding)
+    return vector if encoding == "float32" else start.to("cpu") + vector, named
+
+
 def pack_tensors(named: Mapping[str, Tensor], *, encoding: Encoding) -> bytes:
     """The tensors as a safetensors file.
 

@@ -15,7 +15,7 @@ from fedsafe.federated.remote.letter import Letter
 from fedsafe.federated.remote.post import Delivery, Post
 from fedsafe.federated.remote.reception import POLL_SECONDS, Reception
 from fedsafe.federated.remote.telling import say, shown
-from fedsafe.federated.remote.tensors import pack_adapter, unpack_adapter
+from fedsafe.federated.remote.tensors import pack_adapter, unpack_update
 from fedsafe.federated.server import NotAccepted, Update
 from fedsafe.model.flat_adapter import FlatAdapter
 
@@ -143,6 +143,7 @@ class Visits:
     def _begin(self, adapter: Tensor, expected: Sequence[Expected]) -> None:
         assert not self._open, "a round ended with visits under way"
         self.strays, self._num_accepted, self._missing = [], 0, {}
+        self._start = adapter
         tensors = b""
         for each in expected:
             others = each.correction.sent() if each.correction is not None else {}
@@ -252,8 +253,8 @@ class Visits:
             num_tensors=len(adapter.names) + len(learns),
             num_bytes=num_values * self._fleet.bytes_per_value,
         )
-        vector, learnt = unpack_adapter(
-            adapter, letter.tensors, learns, encoding=self._fleet.encoding
+        vector, learnt = unpack_update(
+            adapter, letter.tensors, self._start, learns, encoding=self._fleet.encoding
         )
         check_values(vector, what="the adapter")
         for name, each_learnt in learnt.items():
