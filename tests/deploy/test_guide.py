@@ -15,7 +15,7 @@ GUIDE = REPOSITORY / "docs" / "federation.md"
 TEXTS = (GUIDE, REPOSITORY / "README.md")
 SIDES = ("server", "client")
 OF_FIT = {
-    "server": {"--config", "--run_dir", "--ckpt_path"},
+    "server": {"--config", "--run_dir", "--fleet.min_clients"},
     "client": {"--config", "--data.path", "--data.filter"},
 }
 """Options of `fedsafe fit` that the guide gives to one of the sides."""
