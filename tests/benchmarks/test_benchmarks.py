@@ -170,3 +170,17 @@ def test_cai_cost_counts_what_the_cheap_regime_saves() -> None:
     assert costs["cheap"]["steps"] == 50 * 50
     assert costs["final"]["steps"] == 2 * 1250
     assert 0.96 < figures["saved"]["cheap"] < 0.99
+
+
+@pytest.mark.slow
+@pytest.mark.flower
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(
+    find_spec("flwr") is None, reason="flwr is not installed: pip install 'fedsafe[flower]'"
+)
+def test_federation_tells_what_flower_adds() -> None:
+    figures = last_line("federation.py")
+    assert figures["num_nodes"] == 2
+    assert 0 <= figures["node_seconds"] <= figures["node_seconds_worst"]
+    assert 0 < figures["round_seconds"] <= figures["round_seconds_worst"]
+    assert figures["nodes_ready_seconds"] < figures["run_seconds"]

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedsafe[flower]'")
 
 from certificates import write_certificates, write_node_key
+from plain_server import serving
 
 from fedsafe.cli import main
 from fedsafe.commands import federate_client, federate_server
@@ -114,6 +115,27 @@ def test_a_client_refuses_wrong_settings(
     arguments: str, words: str, certificates: Path, capsys: Captured
 ) -> None:
     assert words in refusal(["client", *arguments.split()], capsys)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ("expired", "is refused: certificate has expired; renew it on the server"),
+        ("another authority", "is refused: unable to get local issuer certificate; it does not"),
+        ("plain", "speaks plain HTTP, and mine/ca.crt asks for TLS"),
+    ],
+)
+def test_a_client_refuses_a_server_that_cannot_prove_itself(
+    wrong: str, words: str, capsys: Captured
+) -> None:
+    mine = write_certificates(Path("mine"), ends=-1 if wrong == "expired" else 10, begins=-9)
+    others = write_certificates(Path("theirs"))
+    shown = {"expired": mine, "another authority": others, "plain": None}[wrong]
+    with serving(shown) as port:
+        arguments = ["--name", "ada", "--server", f"127.0.0.1:{port}"]
+        said = refusal(["client", *arguments, "--root_certificate", "mine/ca.crt"], capsys)
+    assert words in said
+    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize("side", ["", "clients", "--config"])

@@ -1,9 +1,8 @@
 """What is said of a server that cannot be used, each in one line."""
 
-import http.server
 import socket
-import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from threading import Thread
 
@@ -12,41 +11,25 @@ import pytest
 pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedsafe[flower]'")
 
 from certificates import write_certificates
+from plain_server import serving
 
 from fedsafe.federated.flower.reachability import Address, check_server, is_free
 
-
-class Quiet(http.server.BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        self.send_error(403)
-
-    def log_message(self, *_: object) -> None:
-        pass
+Serve = Callable[..., Address]
 
 
 @pytest.fixture
-def serve() -> Iterator[object]:
-    """Start a server of HTTP, with the certificates of a folder or without; gives its address."""
-    servers = []
+def serve() -> Iterator[Serve]:
+    """Start a server, with the certificates of a folder or without; gives its address."""
+    with ExitStack() as stack:
 
-    def start(certificates: Path | None = None) -> Address:
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
-        if certificates is not None:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(certificates / "server.crt", certificates / "server.key")
-            server.socket = context.wrap_socket(server.socket, server_side=True)
-        server.handle_error = lambda *_: None  # type: ignore[method-assign]
-        Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return Address("127.0.0.1", server.server_port)
+        def start(certificates: Path | None = None) -> Address:
+            return Address("127.0.0.1", stack.enter_context(serving(certificates)))
 
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+        yield start
 
 
-def test_a_server_is_found_with_and_without_tls(serve, tmp_path: Path) -> None:
+def test_a_server_is_found_with_and_without_tls(serve: Serve, tmp_path: Path) -> None:
     certificates = write_certificates(tmp_path / "right")
     assert check_server(serve(), None)
     assert check_server(serve(certificates), certificates / "ca.crt")
@@ -62,7 +45,7 @@ def test_a_server_is_found_with_and_without_tls(serve, tmp_path: Path) -> None:
     ids=["expired", "not-yet"],
 )
 def test_a_certificate_out_of_its_time_is_refused(
-    settings: dict[str, int], words: str, serve, tmp_path: Path
+    settings: dict[str, int], words: str, serve: Serve, tmp_path: Path
 ) -> None:
     certificates = write_certificates(tmp_path / "wrong", **settings)
     address = serve(certificates)
@@ -70,21 +53,21 @@ def test_a_certificate_out_of_its_time_is_refused(
         check_server(address, certificates / "ca.crt")
 
 
-def test_a_certificate_of_another_authority_is_refused(serve, tmp_path: Path) -> None:
+def test_a_certificate_of_another_authority_is_refused(serve: Serve, tmp_path: Path) -> None:
     address = serve(write_certificates(tmp_path / "theirs"))
     mine = write_certificates(tmp_path / "mine") / "ca.crt"
     with pytest.raises(ValueError, match=f"is refused: .*; it does not come from {mine}"):
         check_server(address, mine)
 
 
-def test_a_certificate_of_another_host_is_refused(serve, tmp_path: Path) -> None:
+def test_a_certificate_of_another_host_is_refused(serve: Serve, tmp_path: Path) -> None:
     certificates = write_certificates(tmp_path / "other", hosts=("fed.example.org",))
     address = serve(certificates)._replace(host="localhost")
     with pytest.raises(ValueError, match="make one that names this host"):
         check_server(address, certificates / "ca.crt")
 
 
-def test_tls_and_plain_http_are_told_apart(serve, tmp_path: Path) -> None:
+def test_tls_and_plain_http_are_told_apart(serve: Serve, tmp_path: Path) -> None:
     certificates = write_certificates(tmp_path / "right")
     plain, secure = serve(), serve(certificates)
     with pytest.raises(ValueError, match=f"{plain} speaks plain HTTP, and .* asks for TLS"):
@@ -116,13 +99,13 @@ def test_what_is_no_server_is_refused() -> None:
             check_server(Address("127.0.0.1", port), None)
 
 
-def test_what_is_no_certificate_is_refused(serve, tmp_path: Path) -> None:
+def test_what_is_no_certificate_is_refused(serve: Serve, tmp_path: Path) -> None:
     (tmp_path / "ca.crt").write_text("no certificate")
     with pytest.raises(ValueError, match=r"ca.crt is no certificate; give the ca.crt file"):
         check_server(serve(), tmp_path / "ca.crt")
 
 
-def test_a_port_in_use_is_not_free(serve) -> None:
+def test_a_port_in_use_is_not_free(serve: Serve) -> None:
     assert not is_free(serve())
 
 

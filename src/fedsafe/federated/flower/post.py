@@ -105,4 +105,4 @@ def _delivery(message: Message, ticket: str, node: int) -> Delivery:
 def _one_line(reason: str | None) -> str:
     """The first sentence of what Flower says."""
     line = (reason or "Flower gave no reason").strip().splitlines()[0]
-    return line.removeprefix("Error: ").split(". ")[0]
+    return line.removeprefix("Error: ").split(". ")[0].rstrip(".")
