@@ -29,8 +29,10 @@ _IMPORTED = (
 )
 """What is missing is passed over."""
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(list(_IMPORTED))
+FORKS = multiprocessing.get_context("forkserver")
+"""Makes processes like these."""
+
+FORKS.set_forkserver_preload(list(_IMPORTED))
 
 
 class _Fork:
@@ -38,7 +40,7 @@ class _Fork:
 
     def __init__(self, arguments: list[str], env: dict[str, str], files: list[str]) -> None:
         given = (arguments, env, str(Path.cwd()), files)
-        self._process = _context.Process(target=_become, args=given)
+        self._process = FORKS.Process(target=_become, args=given)
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid

@@ -1,11 +1,11 @@
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from warm import FORKS
 
 from fedsafe.world import pretraining
 from fedsafe.world.batching import IGNORED, encode, pad
@@ -133,7 +133,7 @@ def test_learning_rate_warms_up_then_falls_to_zero():
 def test_concurrent_makers_end_up_with_one_base(tmp_path: Path):
     alone = pretrained_base(tmp_path / "alone", num_steps=5)
     make = partial(pretrained_base, num_steps=5)
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(2, mp_context=FORKS) as pool:
         folders = set(pool.map(make, [tmp_path / "shared"] * 2))
     assert list((tmp_path / "shared").iterdir()) == list(folders)
     assert weights(folders.pop()) == weights(alone)
