@@ -12,7 +12,7 @@ from fedsafe.commands.federate_sides import SideParser, interrupted_by_sigterm
 from fedsafe.federated.flower import resident_call
 from fedsafe.federated.flower.client_app import NODE_FILE
 from fedsafe.federated.flower.node_file import NAME, Node
-from fedsafe.federated.flower.processes import Leashed, free_port
+from fedsafe.federated.flower.processes import Leashed, free_port, without_proxy
 from fedsafe.federated.flower.reachability import Address, check_server
 from fedsafe.federated.flower.supernode import REFUSED
 
@@ -207,8 +207,9 @@ def _run_supernode(settings: Settings, node_file: Path) -> str:
         command += ["--root-certificates", str(settings.root_certificate)]
     if settings.key is not None:
         command += ["--auth-supernode-private-key", str(settings.key)]
-    home = {"FLWR_HOME": str(settings.folder / "flower")}
-    supernode = Leashed(command, environment=home, log=log)
+    environment = {"FLWR_HOME": str(settings.folder / "flower")}
+    environment |= without_proxy(settings.server.host)
+    supernode = Leashed(command, environment=environment, log=log)
     try:
         return _watch(supernode, settings)
     finally:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import secrets
 import shutil
 import sys
@@ -16,7 +17,7 @@ from typing import NamedTuple
 from fedsafe.commands.federate_sides import SideParser, interrupted_by_sigterm
 from fedsafe.federated.flower.control import Control, read_public_keys
 from fedsafe.federated.flower.outcome import Outcome, has_ended
-from fedsafe.federated.flower.processes import Leashed
+from fedsafe.federated.flower.processes import Leashed, without_proxy
 from fedsafe.federated.flower.reachability import Address, check_server, is_free
 from fedsafe.federated.flower.server_app import SHOW_ON_STDIN
 from fedsafe.federated.flower.superlink import KEYS_FILE, SECRET
@@ -118,6 +119,7 @@ def _check(given: argparse.Namespace) -> Settings:
 def _lead(settings: Settings, training: list[str], state: Path) -> Outcome:
     """Run the fit in Flower; returns how it ended."""
     secret = secrets.token_hex(32)
+    os.environ.update(without_proxy(settings.local.host))  # for all that is started here, too
     root = settings.root_certificate
     with (
         _superlink(settings, state, secret) as superlink,

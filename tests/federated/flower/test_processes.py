@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedsafe.federated.flower.processes import Leashed
+from fedsafe.federated.flower.processes import Leashed, without_proxy
 
 # starts a child, tells the numbers of both, and sleeps
 FAMILY = """\
@@ -20,7 +20,7 @@ time.sleep(600)
 OWNER = """\
 import sys, time
 from pathlib import Path
-from fedsafe.federated.flower.processes import Leashed
+from fedsafe.federated.flower.processes import Leashed, without_proxy
 kept = Leashed([sys.executable, "-c", sys.argv[1]], environment={}, log=Path(sys.argv[2]))
 time.sleep(600)
 """
@@ -100,3 +100,10 @@ def test_flower_reports_nothing_home_and_its_commands_are_found(tmp_path: Path) 
         time.sleep(0.05)
     leashed.stop()
     assert leashed.last_words().startswith(f"0 {Path(sys.executable).parent}")
+
+
+def test_a_proxy_of_the_environment_is_passed_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "intranet")
+    monkeypatch.delenv("no_proxy", raising=False)
+    expected = "intranet,127.0.0.1,localhost,::1,10.0.0.1"
+    assert without_proxy("10.0.0.1") == {"NO_PROXY": expected, "no_proxy": expected}

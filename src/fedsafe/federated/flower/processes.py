@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fedsafe.federated.flower import leash
+from fedsafe.federated.flower.reachability import LOOPBACK
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -76,6 +77,16 @@ def _environment(others: Mapping[str, str]) -> dict[str, str]:
     """Flower starts its own commands by name: this environment's come first."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return {**os.environ, **QUIET, "PATH": path, **others}
+
+
+def without_proxy(host: str) -> dict[str, str]:
+    """Environment in which a host and this machine are reached directly, whatever else is not.
+
+    Flower's processes would ask a proxy of the environment for each other too.
+    """
+    before = [os.environ[name] for name in ("NO_PROXY", "no_proxy") if os.environ.get(name)]
+    hosts = ",".join([*before, *LOOPBACK, host])
+    return {"NO_PROXY": hosts, "no_proxy": hosts}
 
 
 def free_port() -> int:

@@ -1,6 +1,7 @@
 """The server's end in Flower: the process that trains, over Flower's grid."""
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -45,12 +46,15 @@ def _shown_to_user() -> Iterator[None]:
     if not os.environ.get(SHOW_ON_STDIN):
         yield
         return
-    before = {number: os.dup(number) for number in (1, 2)}
+    flower = logging.getLogger("flwr")
+    level, before = flower.level, {number: os.dup(number) for number in (1, 2)}
     try:
+        flower.setLevel(logging.CRITICAL)
         for number in before:
             os.dup2(0, number)
         yield
     finally:
+        flower.setLevel(level)
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         for number, copy in before.items():
