@@ -33,7 +33,7 @@ def whole(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Configuration of which nothing is held out: then clients' samples do not depend on others."""
     settings = yaml.safe_load(config.read_text())
     settings["data"]["validation_share"] = 0.0
-    settings["trainer"]["callbacks"] = None
+    settings["trainer"] |= {"callbacks": None, "accumulate_grad_batches": 2}
     file = tmp_path_factory.mktemp("whole") / "whole.yaml"
     file.write_text(yaml.safe_dump(settings))
     return file

@@ -1,8 +1,10 @@
 import sys
 
 import pytest
+from lightning import Callback, Trainer
 
 from fedsafe.federated.progress import RoundProgressBar
+from fedsafe.federated.server_listener import RoundListener
 
 
 class Terminal:
@@ -34,6 +36,24 @@ def test_in_a_terminal_the_bar_names_the_round_and_the_client(
         for client in (1, 2):
             assert f"round {round_}/2 · client {client}/2" in terminal.text
     assert "train/loss=" in terminal.text
+
+
+def test_in_a_terminal_the_bar_says_who_is_awaited(
+    federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Asking(Callback):
+        """Stands for rounds whose clients are elsewhere."""
+
+        def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, RoundListener):
+                    callback.on_clients_progress(trainer, "2 of 5 clients back")
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    shown = {"enable_progress_bar": True}
+    federation(callbacks=(RoundProgressBar(), Asking()), trainer=shown).fit()
+    assert "round 2/2 · 2 of 5 clients back" in terminal.text
 
 
 def test_in_a_file_each_round_is_one_line(federation, capsys: pytest.CaptureFixture[str]) -> None:

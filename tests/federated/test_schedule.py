@@ -1,4 +1,5 @@
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -293,3 +294,26 @@ def test_a_client_that_fails_is_nobodys() -> None:
     failed = {visit.client for visit in plan.visits if visit.failed}
     assert failed
     assert plan.owners.keys() == {visit.client for visit in plan.visits} - failed
+
+
+def test_visits_elsewhere_are_one_batch_here_and_the_clients_are_the_same() -> None:
+    for visits in ("none", "every"):
+        here = make_schedule(seed=4, server_visits=visits)
+        there = make_schedule(seed=4, server_visits=visits, elsewhere=True)
+        for round_ in range(3):
+            ours, theirs = there.plan(round_), here.plan(round_)
+            assert ours.visits == theirs.visits
+            keys = list(ours.batches())
+            assert [key.is_idle for key in keys] == [True, False][: len(keys)]
+            assert [key.is_server_visit for key in keys] == [False, True][: len(keys)]
+            assert len(ours) == len(keys) == 1 + (visits == "every")
+            assert plain_batches(there, round_, start=1) == [plain(key) for key in keys[1:]]
+
+
+def test_of_fewer_clients_than_a_round_has_all_are_asked() -> None:
+    schedule = make_schedule(clients_per_round=9, elsewhere=True)
+    assert [visit.client for visit in schedule.plan(0).visits] == [0, 1, 2, 3, 4]
+    nobody = Partition(np.zeros(0, np.int64), np.zeros(1, np.int64), ())
+    assert replace(schedule, partition=nobody).plan(0).visits == []
+    with pytest.raises(ValueError, match="clients_per_round is 0"):
+        make_schedule(clients_per_round=0, elsewhere=True)

@@ -79,6 +79,26 @@ def test_a_refused_update_is_recorded_with_its_reason(random_adapters: RandomAda
     assert record["bytes_up"] == 3 * 50 * 4
 
 
+def test_what_became_of_a_visit_is_recorded_with_what_travelled(
+    random_adapters: RandomAdapters,
+) -> None:
+    start, good = random_adapters(2)
+    server = Server(start, optimizer=FedAvg(), drift=None, bytes_per_value=2)
+    receive(server, 0, good)
+    server.note_failure("client-1", "late", reason="no answer within 9 s")
+    server.note_failure("client-2", "refused", reason="of another run")
+    server.count_bytes(up=7)
+    server.note_failure("client-3", was_sent=False)
+    record = server.close_round(num_clients=4)
+    assert record["clients"][1:] == [
+        {"client": "client-1", "status": "late", "reason": "no answer within 9 s"},
+        {"client": "client-2", "status": "refused", "reason": "of another run"},
+        {"client": "client-3", "status": "failed"},
+    ]
+    assert record["bytes_down"] == 3 * 50 * 2
+    assert record["bytes_up"] == 50 * 2 + 7
+
+
 def test_a_round_without_an_update_changes_nothing(random_adapters: RandomAdapters) -> None:
     start, bad = random_adapters(2)
     kept = start.clone()

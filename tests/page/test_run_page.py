@@ -8,6 +8,7 @@ import pytest
 from page_document import Document, page_of
 from run_folders import (
     cai_visit,
+    filter_counts,
     round_row,
     write_json,
     write_lines,
@@ -202,3 +203,22 @@ def test_names_and_replies_from_right_to_left_are_kept_apart_from_the_page(tmp_p
 def test_a_run_inside_a_table_is_called_by_its_row(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "fl-fedavg-seed0" / "fit"))
     assert page.text.startswith("fl-fedavg-seed0 · Report of a run")
+
+
+def test_the_page_of_a_server_names_what_came_late_and_how_to_repeat_it(tmp_path: Path) -> None:
+    stray = {"client": "cyd", "status": "late", "reason": "its answer of round 1 came"}
+    row = round_row(2, clients=["ada"], strays=[stray], **{"val/loss_start": 1.234})
+    row["clients"].append({"client": "bob", "status": "late", "reason": "no answer within 9 s"})
+    write_lines(tmp_path / "rounds.jsonl", [row])
+    filtered = {"shortened": 0, "unjudged": 0, "threshold": None, "guard": "of each client"}
+    counts = {"total": filter_counts(), "held_out": filter_counts(), "policy": "of each client"}
+    write_json(tmp_path / "filter.json", {**filtered, **counts, "clients": [filter_counts("ada")]})
+    (tmp_path / "config.yaml").write_text("fleet: {}")
+    write_json(tmp_path / "run.json", {"command": ["fedsafe", "federate", "server", "--config"]})
+    text = page_of(tmp_path).text
+    assert "2 cyd late: its answer of round 1 came" in text
+    assert "2 bob late: no answer within 9 s" in text
+    assert "held-out loss before the round" in text
+    assert "1.234" in text
+    assert "Each client judged its own samples, with a guard and by a policy of its own." in text
+    assert f"fedsafe federate server --config {tmp_path}/config.yaml --run_dir runs/again" in text

@@ -45,6 +45,7 @@ class ServerCLI(FedsafeCLI):
         config.data.path = config.data.filter = config.data.partition = None
         super().before_instantiate_classes()
         _keep_to_one(config.trainer)
+        config.trainer.accumulate_grad_batches = 1  # it is the nodes that take steps in parts
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Tell the rounds whom to ask."""

@@ -61,6 +61,7 @@ class RemoteData(FederatedDataModule):
                 f"train_tokenizer is {self.train_tokenizer}; it is trained on conversations, which "
                 "stay with the clients: give data.tokenizer, or a base that has one"
             )
+        self.num_workers = 0  # there is nothing to prepare
         rejected = self._forget_rejected()
         self._tokenizer = self._make_tokenizer(iter(()))
         if self.cai is not None:

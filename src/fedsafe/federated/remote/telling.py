@@ -2,13 +2,14 @@
 
 import sys
 
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
 _LONGEST = 300
 
 
 def say(text: str) -> None:
-    """One line."""
-    sys.stderr.write(f"federation: {text}\n")
-    sys.stderr.flush()
+    """One line, above the progress bar if there is one."""
+    Tqdm.write(f"federation: {text}", file=sys.stderr)
 
 
 def shown(text: str) -> str:
