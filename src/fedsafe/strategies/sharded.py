@@ -60,8 +60,12 @@ class ShardedStrategy(LaidOut, OneFileCheckpoints, ModelParallelStrategy):
         self.clients = clients
         self.exchange: ExchangeMode = exchange
 
+    def take_groups(self, other: "ShardedStrategy") -> None:
+        """Use the groups that another strategy of this process has formed, as its model does."""
+        self._device_mesh = other.device_mesh
+
     def setup_environment(self) -> None:
-        """Join the other ranks and form the groups.
+        """Join the other ranks and form the groups, unless there are some.
 
         Raises:
             ValueError: If the number of ranks is not a multiple of `clients`.
@@ -74,15 +78,20 @@ class ShardedStrategy(LaidOut, OneFileCheckpoints, ModelParallelStrategy):
                 f"{num_ranks}"
             )
         self._setup_distributed()
+        if self._device_mesh is None:
+            self._device_mesh = self._formed()
+        assert self.lightning_module is not None
+        self.lightning_module._device_mesh = self._device_mesh
+
+    def _formed(self) -> DeviceMesh:
+        num_ranks = self.num_nodes * self.num_processes
         ranks = torch.arange(num_ranks).view(self.clients, -1)
-        self._device_mesh = DeviceMesh.from_group(
+        return DeviceMesh.from_group(
             [self._joined(ranks.t()), self._joined(ranks)],
             self.root_device.type,
             mesh=ranks,
             mesh_dim_names=(_CLIENTS, _SHARDS),
         )
-        assert self.lightning_module is not None
-        self.lightning_module._device_mesh = self._device_mesh
 
     def _joined(self, groups: Tensor) -> dist.ProcessGroup:
         """Form groups, a row each; returns the one that this rank is in."""

@@ -32,7 +32,7 @@ from fedsafe.model.module import LoraLM
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 STAND_INS = Path(__file__).parents[2] / "stand_ins"
-DDP = Path(__file__).parents[3] / "configs" / "strategy" / "ddp.yaml"
+STRATEGIES = Path(__file__).parents[3] / "configs" / "strategy"
 CONFIG = """
 run_dir: nobody-writes-here
 rounds: 2
@@ -80,7 +80,7 @@ def node_file(site: Path) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def two_ranks(site: Path) -> Iterator[Path]:
     """A node whose client two processes train together."""
-    file = set_up(site, "two", "--config", str(DDP), num_ranks=2)
+    file = set_up(site, "two", "--config", str(STRATEGIES / "ddp.yaml"), num_ranks=2)
     yield file
     stop(file)
 
@@ -220,6 +220,23 @@ def test_two_ranks_train_what_one_trains_in_two_parts(
     assert reports[0].start_tokens == reports[1].start_tokens > 0
     lines = (two_ranks.parent / "filter.jsonl").read_text().splitlines()
     assert len(lines) == 9  # one rank writes
+
+
+def test_two_ranks_that_hold_the_base_together_train_the_same(
+    site: Path, adapter: FlatAdapter, order: Letter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = set_up(site, "split", "--config", str(STRATEGIES / "fsdp.yaml"), num_ranks=2)
+    try:
+        assert warm_up(split).settings["model.base"] is None
+        given = [ask(split, order, timeout_seconds=200) for _ in range(3)]
+    finally:
+        stop(split)
+    expected = here(site, order, "--trainer.accumulate_grad_batches", "2", monkeypatch=monkeypatch)
+    assert given[0].tensors == given[1].tensors == given[2].tensors
+    for one, other in zip(values(adapter, given[0]), values(adapter, expected), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    for fact in ("loss", "start_nll"):
+        assert given[0].facts[fact] == pytest.approx(expected.facts[fact], rel=1e-6)
 
 
 def test_an_order_that_is_refused_does_not_part_the_ranks(two_ranks: Path, order: Letter) -> None:

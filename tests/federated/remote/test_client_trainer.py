@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from federations import CLIENT_SIZES, Federation
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from word_guard import WordGuard
 
@@ -30,6 +31,7 @@ from fedsafe.federated.server import Server, Update
 from fedsafe.model.flat_adapter import FlatAdapter
 from fedsafe.model.module import LoraLM
 from fedsafe.safety.filter import SafetyFilter
+from fedsafe.strategies.client_parallel import ClientParallelStrategy
 from fedsafe.strategies.sharded import ShardedStrategy
 
 FederationMaker = Callable[..., Federation]
@@ -349,9 +351,10 @@ def test_a_visit_that_nobody_waits_for_ends_early(node: NodeMaker, adapter: Flat
     assert trainer.answer(letter, is_wanted=lambda: True).tensors == expected.tensors
 
 
-def test_strategies_that_split_the_base_are_refused(node: NodeMaker) -> None:
-    with pytest.raises(ValueError, match="a node cannot train under ShardedStrategy; its client"):
-        node(trainer={"strategy": ShardedStrategy(), "devices": 1})
+@pytest.mark.parametrize("strategy", [ShardedStrategy(clients=2), ClientParallelStrategy()])
+def test_strategies_for_several_clients_are_refused(node: NodeMaker, strategy: Strategy) -> None:
+    with pytest.raises(ValueError, match=r"cannot train its one client under .* as it is set up"):
+        node(trainer={"strategy": strategy, "devices": 1})
 
 
 def test_a_node_starts_its_ranks_itself(node: NodeMaker) -> None:

@@ -39,6 +39,7 @@ from fedsafe.federated.rounds import FederatedRounds
 from fedsafe.federated.trainer_settings import check_precision_for_drift
 from fedsafe.model.module import LoraLM
 from fedsafe.strategies.layout import LaidOut, layout_of
+from fedsafe.strategies.sharded import ShardedStrategy
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +85,9 @@ class ClientTrainer:
         self._num_micro = trainer.accumulate_grad_batches
         if rounds.client_drift is not None:
             check_precision_for_drift(trainer)
+        if isinstance(trainer.strategy, ShardedStrategy):
+            _join(trainer, module)
+        self._strategy = trainer.strategy
         data.layout = layout_of(trainer.strategy)
         data.setup("fit")
         module.configure_model()
@@ -104,10 +108,11 @@ class ClientTrainer:
     def _make_trainer(self) -> Trainer:
         """One that trains nothing, for what it makes of the settings."""
         trainer = Trainer(**deepcopy(self._trainer_settings))
-        if isinstance(trainer.strategy, LaidOut):
+        split = isinstance(trainer.strategy, ShardedStrategy) and trainer.strategy.clients == 1
+        if isinstance(trainer.strategy, LaidOut) and not split:
             raise ValueError(
-                f"a node cannot train under {type(trainer.strategy).__name__}; its client's ranks "
-                "each hold the whole base: take strategy ddp, or one GPU"
+                f"a node cannot train its one client under {type(trainer.strategy).__name__} as it "
+                "is set up; take configs/strategy/ddp.yaml or fsdp.yaml, or one GPU"
             )
         if trainer.world_size > 1 and "WORLD_SIZE" not in os.environ:
             raise ValueError(
@@ -164,7 +169,7 @@ class ClientTrainer:
         start, sent = unpack_adapter(self._adapter, tensors, names, encoding=encoding)
         held_out = HeldOutLoss(self._data.val_dataloader() if order.validate else [])
         told = _ToldDrift(drift, sent) if drift is not None else None
-        settings = {**deepcopy(self._trainer_settings), "callbacks": [held_out, *callbacks]}
+        settings = {**self._settings_of_visit(), "callbacks": [held_out, *callbacks]}
         started = time.perf_counter()
         self._is_training = True
         with _staying_on_device(self._module):
@@ -196,6 +201,13 @@ class ClientTrainer:
         return report.letter(
             pack_update(self._adapter, update.adapter, start, learnt, encoding=encoding)
         )
+
+    def _settings_of_visit(self) -> dict[str, Any]:
+        """Settings of a new Trainer; a base that is split stays with the groups that hold it."""
+        settings = deepcopy(self._trainer_settings)
+        if isinstance(self._strategy, ShardedStrategy):
+            settings["strategy"].take_groups(self._strategy)
+        return settings
 
     def _checked(self, order: VisitOrder) -> Encoding:
         """Refuse an order that is not for this client; returns how values travel."""
@@ -252,6 +264,13 @@ class _ToldDrift(ClientDrift):
 
     def collect(self, client: int, correction: Correction) -> None:
         self.learnt = correction.learnt()
+
+
+def _join(trainer: Trainer, module: LoraLM) -> None:
+    """Let the ranks that will hold a base together find each other, before it is loaded."""
+    module.trainer = trainer
+    trainer.strategy.connect(module)
+    trainer.strategy.setup_environment()
 
 
 @contextmanager
