@@ -212,9 +212,10 @@ def test_what_no_retry_mends_ends_a_client(
     [
         ("Exit Code: 305\nFailed\n[code: 2004] Failed to activate", "does not admit ada now"),
         ("Exit Code: 305\nFailed to initialize the connection", ""),
-        ("SuperNode terminated gracefully.", ""),
+        ("SuperNode ID: 7\nSuperNode terminated gracefully.", ""),
+        ("SuperNode terminated gracefully.", "the clocks of both machines must agree"),
     ],
-    ids=["still-there", "connection", "new-server"],
+    ids=["still-there", "connection", "new-server", "clocks"],
 )
 def test_what_a_retry_may_mend_does_not(
     log: str, words: str, settings: federate_client.Settings

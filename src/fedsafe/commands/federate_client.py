@@ -222,6 +222,7 @@ _LOST = "Connection attempt failed"
 _UNKNOWN_KEY = "410 Gone"
 _NOT_NOW = "[code: 2004]"
 """What Flower says to a node whose key is in use, as after a crash until the server notices."""
+_ENDED = "SuperNode terminated gracefully"
 _FAILED = "Exit Code: "
 _NO_CONNECTION = f"{_FAILED}305"
 
@@ -275,6 +276,11 @@ def _check_end(log: str, settings: Settings) -> str:
     if _FAILED in log and _NO_CONNECTION not in log:
         why = log.partition(_FAILED)[2].splitlines()
         raise ValueError(f"Flower's SuperNode does not start: {' '.join(why[1:2])}")
+    if _ENDED in log and _CONNECTED not in log:  # so it does where its signature is refused
+        return (
+            f"{settings.server} does not accept what {settings.name} signs; the clocks of both "
+            "machines must agree within seconds; trying again"
+        )
     return ""
 
 
