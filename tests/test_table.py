@@ -2,12 +2,11 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,14 @@ import psutil
 import pytest
 import stub_benchmark
 from rich.console import Console
+from warm import Started, end, start_python
 
 from fedsafe import table as grid
 from fedsafe import table_runs, table_workers
 from fedsafe.table import run_table
 from fedsafe.table_settings import Row, TableGuard, TableSettings
 
+OUTPUT = "output.txt"
 GOOD = TableGuard("good", ("guard.yaml",), "filter.yaml")
 BASE = Row("base")
 FL = Row("fl", "fedavg")
@@ -85,18 +86,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def start(folder: Path, **environment: str) -> subprocess.Popen[str]:
+@contextmanager
+def started(folder: Path, **environment: str) -> Iterator[Started]:
+    """A table in a process of its own, which writes to `OUTPUT` and leaves with this."""
     (folder / "out").mkdir(exist_ok=True)
     paths = [str(folder), str(Path(stub_benchmark.__file__).parent)]
-    return subprocess.Popen(
-        [sys.executable, "stand_ins.py"],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment}
+    process = start_python(folder / "stand_ins.py", output=folder / OUTPUT, env=env)
+    try:
+        yield process
+    finally:
+        end([process])
 
 
 def starts(folder: Path) -> list[str]:
@@ -104,11 +104,11 @@ def starts(folder: Path) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
 
 
-def wait_for(folder: Path, line: str, process: subprocess.Popen[str]) -> int:
+def wait_for(folder: Path, line: str) -> int:
     """The number of the process that begins what the line names."""
     deadline = time.monotonic() + 120
     while not (found := [each for each in starts(folder) if each.startswith(line)]):
-        assert time.monotonic() < deadline, process.communicate(timeout=1)
+        assert time.monotonic() < deadline, (folder / OUTPUT).read_text()
         time.sleep(0.05)
     return int(found[0].split()[-1])
 
@@ -119,18 +119,17 @@ def written(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_a_killed_table_goes_on_where_it_stopped_and_leaves_no_process(folder: Path) -> None:
-    process = start(folder, STOP_AT="test fl-fedavg-seed1")
-    worker = psutil.Process(wait_for(folder, "test fl-fedavg-seed1", process))
-    process.terminate()
-    process.communicate()
-    assert process.returncode == -signal.SIGTERM
+    with started(folder, STOP_AT="test fl-fedavg-seed1") as process:
+        worker = psutil.Process(wait_for(folder, "test fl-fedavg-seed1"))
+        process.terminate()
+        assert process.wait() == -signal.SIGTERM
     worker.wait(timeout=20)
     part = written(folder)
     assert [row["num_seeds"] for row in part["summary"]] == [2, 1]
     assert part["not_run"] == ["fl-fedavg-seed1"]
 
-    output, _ = (again := start(folder)).communicate(timeout=120)
-    assert again.returncode == 0, output
+    with started(folder) as again:
+        assert again.wait(timeout=120) == 0, (folder / OUTPUT).read_text()
     assert [line.rpartition(" ")[0] for line in starts(folder)] == [
         "test base-none-seed0 new",
         "test base-none-seed1 new",
@@ -157,9 +156,9 @@ def test_a_killed_table_goes_on_where_it_stopped_and_leaves_no_process(folder: P
 @pytest.mark.slow
 def test_a_process_that_dies_takes_no_other_run_along(folder: Path) -> None:
     """The other worker waits, in the midst of its run, until that one is dead."""
-    process = start(folder, DIE_AT="test base-none-seed1", SLOW_AT="test base-none-seed0")
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 1, output
+    blocked = {"DIE_AT": "test base-none-seed1", "SLOW_AT": "test base-none-seed0"}
+    with started(folder, **blocked) as process:
+        assert process.wait(timeout=120) == 1, (folder / OUTPUT).read_text()
     done = written(folder)
     assert done["failed"] == [{"run": "base-none-seed1", "error": table_workers.DIED}]
     assert [row["method"] for row in done["rows"]] == ["base", "fl", "fl"]

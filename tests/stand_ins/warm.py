@@ -55,6 +55,9 @@ class _Fork:
             raise subprocess.TimeoutExpired("a fork", timeout or 0)
         return status
 
+    def terminate(self) -> None:
+        self._process.terminate()
+
     def kill(self) -> None:
         self._process.kill()
 
