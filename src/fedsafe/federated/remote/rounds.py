@@ -90,6 +90,7 @@ class RemoteRounds(FederatedRounds):
         visits = self._visits.run(
             self.server.adapter,
             expected,
+            correction_for=self.server.correction_for,
             on_progress=lambda over, of: _tell(trainer, f"{over} of {of} clients back"),
         )
         for each, outcome in visits:
@@ -137,19 +138,21 @@ class RemoteRounds(FederatedRounds):
             num_steps=visit.num_steps,
             num_samples=member.num_samples,
             num_answer_tokens=member.num_answer_tokens,
-            correction=self.server.correction_for(visit.client),
         )
 
     def _take(self, each: Expected, accepted: Accepted) -> None:
         """Hand an update to the server."""
         adapter, report = accepted.update.adapter.to(self._adapter.device), accepted.report
+        correction = self.server.correction_for(each.order.client)
+        if correction is not None:
+            correction.take(accepted.learnt)
         self.server.receive(
             each.order.client,
             accepted.update._replace(adapter=adapter),
             name=each.order.name,
             weight=self._weight_of(report),
             num_samples=report.num_samples,
-            correction=each.correction,
+            correction=correction,
             seconds=float(report.seconds),
         )
         self._reports.append(report)

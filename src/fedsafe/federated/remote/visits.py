@@ -30,7 +30,6 @@ class Expected:
         num_steps: Optimizer steps that it should take.
         num_samples: Samples that the client said it holds.
         num_answer_tokens: Answer tokens of those.
-        correction: Against client drift, or None.
     """
 
     order: VisitOrder
@@ -38,13 +37,14 @@ class Expected:
     num_steps: int
     num_samples: int
     num_answer_tokens: int
-    correction: Correction | None
 
 
 class Accepted(NamedTuple):
     """An update that passed every check."""
 
     update: Update
+    learnt: dict[str, Tensor]
+    """What the client's correction against drift has learnt."""
     report: VisitReport
 
 
@@ -101,6 +101,8 @@ class Visits:
         self._outcomes: dict[int, Outcome] = {}
         """By number of the client."""
         self._num_accepted = 0
+        self._learns: tuple[str, ...] = ()
+        """What clients give back beside their adapters."""
         self._overdue: dict[str, _Overdue] = {}
         """Visits of earlier rounds that were given up, by ticket of the post."""
         self._missing: dict[int, float] = {}
@@ -111,6 +113,7 @@ class Visits:
         adapter: Tensor,
         expected: Sequence[Expected],
         *,
+        correction_for: Callable[[int], Correction | None],
         on_progress: Callable[[int, int], None],
     ) -> Iterator[tuple[Expected, Outcome]]:
         """One round: send every client its order, wait, and tell what became of each visit.
@@ -121,9 +124,10 @@ class Visits:
         Args:
             adapter: The adapter to start from, flat float32, shape ``(num_params,)``.
             expected: The visits.
+            correction_for: The correction of a client's gradients against drift, by its number.
             on_progress: Told how many visits are over, of how many.
         """
-        self._begin(adapter, expected)
+        self._begin(adapter, expected, correction_for)
         ends_at = time.monotonic() + self._fleet.deadline_seconds
         for place, each in enumerate(expected):
             told = -1
@@ -140,13 +144,20 @@ class Visits:
 
     # ---- orders ----------------------------------------------------------------------------------
 
-    def _begin(self, adapter: Tensor, expected: Sequence[Expected]) -> None:
+    def _begin(
+        self,
+        adapter: Tensor,
+        expected: Sequence[Expected],
+        correction_for: Callable[[int], Correction | None],
+    ) -> None:
         assert not self._open, "a round ended with visits under way"
         self.strays, self._num_accepted, self._missing = [], 0, {}
         self._start = adapter
         tensors = b""
         for each in expected:
-            others = each.correction.sent() if each.correction is not None else {}
+            correction = correction_for(each.order.client)
+            others = correction.sent() if correction is not None else {}
+            self._learns = correction.learns if correction is not None else ()
             if others or not tensors:  # all are sent the same where there is nothing of their own
                 tensors = pack_adapter(
                     self._adapter, adapter, others, encoding=self._fleet.encoding
@@ -245,8 +256,7 @@ class Visits:
             num_samples=each.num_samples,
             num_answer_tokens=each.num_answer_tokens,
         )
-        adapter, correction = self._adapter, each.correction
-        learns = correction.learns if correction is not None else ()
+        adapter, learns = self._adapter, self._learns
         num_values = adapter.num_params * (1 + len(learns))
         check_size(
             letter.tensors,
@@ -259,7 +269,5 @@ class Visits:
         check_values(vector, what="the adapter")
         for name, each_learnt in learnt.items():
             check_values(each_learnt, what=name)
-        if correction is not None:
-            correction.take(learnt)
         update = Update(vector, float(report.loss), report.num_steps, report.num_tokens)
-        return Accepted(update, report)
+        return Accepted(update, learnt, report)
