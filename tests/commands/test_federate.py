@@ -138,6 +138,23 @@ def test_a_client_refuses_a_server_that_cannot_prove_itself(
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize("side", ["server", "client --name ada"], ids=["server", "client"])
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--config none.yaml", "there is no file {folder}/none.yaml; give another --config"),
+        ("--config=bad.yaml", "{folder}/bad.yaml is no YAML: while parsing"),
+    ],
+    ids=["no-file", "no-yaml"],
+)
+def test_a_configuration_that_cannot_be_read_is_refused_at_once(
+    option: str, words: str, side: str, capsys: Captured
+) -> None:
+    Path("bad.yaml").write_text("model: [")
+    said = refusal([*side.split(), *option.split()], capsys)
+    assert words.format(folder=Path.cwd()) in said
+
+
 @pytest.mark.parametrize("side", ["", "clients", "--config"])
 def test_the_side_must_be_one_of_two(side: str, capsys: Captured) -> None:
     with pytest.raises(SystemExit) as caught:

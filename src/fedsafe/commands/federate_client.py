@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from fedsafe.commands.federate_sides import SideParser, interrupted_by_sigterm
+from fedsafe.commands.federate_sides import SideParser, check_configs, interrupted_by_sigterm
 from fedsafe.federated.flower import resident_call
 from fedsafe.federated.flower.client_app import NODE_FILE
 from fedsafe.federated.flower.node_file import NAME, Node
@@ -26,6 +26,7 @@ def run_client(arguments: list[str]) -> None:
     """Write the node's file, warm its resident up, and keep its SuperNode running."""
     given, training = parser().parse_known_args(arguments)
     settings = _check(given)
+    check_configs(training)
     check_server(settings.server, settings.root_certificate)  # it may come later; a wrong one not
     node_file = _write_node(settings, given, training)
     with interrupted_by_sigterm():

@@ -10,11 +10,11 @@ import tempfile
 import time
 from base64 import b64encode
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from fedsafe.commands.federate_sides import SideParser, interrupted_by_sigterm
+from fedsafe.commands.federate_sides import SideParser, check_configs, interrupted_by_sigterm
 from fedsafe.federated.flower.control import Control, read_public_keys
 from fedsafe.federated.flower.outcome import Outcome, has_ended
 from fedsafe.federated.flower.processes import Leashed, without_proxy
@@ -32,10 +32,17 @@ def run_server(arguments: list[str]) -> None:
     """Check Flower's settings, start Flower, let it run the fit, and end it."""
     given, training = parser().parse_known_args(arguments)
     settings = _check(given)
-    with interrupted_by_sigterm(), ExitStack() as stack:
-        state = Path(tempfile.mkdtemp(prefix="fedsafe-server-"))  # only its owner may enter
-        stack.callback(shutil.rmtree, state, ignore_errors=True)
-        outcome = _lead(settings, training, state)
+    check_configs(training)
+    state = Path(tempfile.mkdtemp(prefix="fedsafe-server-"))  # only its owner may enter
+    with interrupted_by_sigterm():
+        try:
+            outcome = _lead(settings, training, state)
+        except ValueError as error:
+            raise ValueError(f"{error}; Flower's logs are in {state}") from None
+        except BaseException:
+            shutil.rmtree(state)
+            raise
+    shutil.rmtree(state)
     if outcome.error:
         raise ValueError(outcome.error)
     if outcome.status:

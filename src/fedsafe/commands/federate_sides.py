@@ -4,8 +4,13 @@ import argparse
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
+
+import yaml
+
+from fedsafe.federated.flower.node_file import Node
 
 
 class SideParser(argparse.ArgumentParser):
@@ -24,6 +29,24 @@ class SideParser(argparse.ArgumentParser):
             epilog=others,
             allow_abbrev=False,
         )
+
+
+def check_configs(arguments: list[str]) -> None:
+    """Refuse configuration files that cannot be read, at once: what they say is checked later.
+
+    Args:
+        arguments: Options of the training.
+
+    Raises:
+        ValueError: Names the file.
+    """
+    for file in Node("", arguments, str(Path.cwd())).configs():
+        if not file.is_file():
+            raise ValueError(f"there is no file {file}; give another --config")
+        try:
+            yaml.safe_load(file.read_text())
+        except (yaml.YAMLError, UnicodeError) as error:
+            raise ValueError(f"{file} is no YAML: {' '.join(str(error).split())}") from None
 
 
 @contextmanager
