@@ -100,7 +100,7 @@ def stop(node_file: Path) -> None:
     Raises:
         ResidentError: If it does not end.
     """
-    os.close(_end(folder_for(node_file)))
+    _let_go(_end(folder_for(node_file)))
 
 
 def _line_to(node_file: Path, deadline: float) -> Connection:
@@ -115,12 +115,12 @@ def _line_to(node_file: Path, deadline: float) -> Connection:
                 break
             except (OSError, EOFError):
                 pass  # it is being started, or it is gone
-        lock = _lock_of(folder)
-        if lock is None and _read(folder / STARTED_FROM) == recipe:
+        lock = _end(folder, spared=recipe)
+        if lock is None:
             time.sleep(_POLL_SECONDS)
             continue
         starts += 1
-        _start(node_file, folder, recipe, lock or _end(folder), deadline)
+        _start(node_file, folder, recipe, lock, deadline)
     raise ResidentError(f"the trainer is busy, or not ready in time; {_see(node_file)}")
 
 
@@ -189,12 +189,22 @@ def _lock_of(folder: Path) -> int | None:
     return lock
 
 
-def _end(folder: Path) -> int:
-    """End the trainer that is alive or being started, if there is one; returns the lock."""
+def _end(folder: Path, *, spared: bytes = b"") -> int | None:
+    """End the trainer that is alive or being started, if there is one.
+
+    Args:
+        folder: Where it is called.
+        spared: What a trainer was started from that goes on; empty ends any.
+
+    Returns:
+        The lock; None where there is a trainer that is spared.
+    """
     started = time.monotonic()
     told = 0
     while (lock := _lock_of(folder)) is None:
         time.sleep(_POLL_SECONDS)  # a starter that has just taken the lock clears the old number
+        if spared and _read(folder / STARTED_FROM) == spared:
+            return None
         process = int(_read(folder / PID) or 0)
         seconds = time.monotonic() - started
         if seconds > 2 * _GRACE_SECONDS:
@@ -204,6 +214,11 @@ def _end(folder: Path) -> int:
             told = process
             _signal(process, signal.SIGKILL if late else signal.SIGTERM)
     return lock
+
+
+def _let_go(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
 
 
 def _signal(process: int, number: int) -> None:
@@ -217,7 +232,7 @@ def _end_if_stuck(folder: Path) -> None:
     try:
         call(folder / SOCKET, _read(folder / KEY), deadline).close()
     except (OSError, EOFError):
-        os.close(_end(folder))
+        _let_go(_end(folder))
 
 
 def _read(file: Path) -> bytes:
