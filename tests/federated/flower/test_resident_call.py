@@ -237,8 +237,10 @@ def test_a_trainer_that_hangs_is_ended(node_file: Path) -> None:
 def test_stopping_ends_a_trainer_that_is_ready_busy_or_starting(node_file: Path) -> None:
     stop(node_file)  # there is none
     ready = asked(node_file)
+    folder = folder_for(node_file)
     stop(node_file)
     assert not is_alive(ready)
+    assert not folder.exists()
     set_up(node_file, "slow")
     with ThreadPoolExecutor(1) as pool:
         starting = pool.submit(asked, node_file)

@@ -7,6 +7,7 @@ it and hands it down to the resident, so that it outlives the starter.
 
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,14 +101,18 @@ def stop(node_file: Path) -> None:
     Raises:
         ResidentError: If it does not end.
     """
-    _let_go(_end(folder_for(node_file)))
+    folder = folder_for(node_file)
+    lock = _end(folder)
+    shutil.rmtree(folder)  # a lock that is found removed counts for nothing
+    _let_go(lock)
 
 
 def _line_to(node_file: Path, deadline: float) -> Connection:
     """Call the trainer that belongs to the node as it is set up now; start it if need be."""
-    folder, recipe = folder_for(node_file), _recipe(node_file)
+    recipe = _recipe(node_file)
     starts = 0
     while starts <= _TRIES and time.monotonic() < deadline:
+        folder = folder_for(node_file)  # who stops a trainer removes it
         if _read(folder / STARTED_FROM) == recipe:
             try:
                 return call(folder / SOCKET, _read(folder / KEY), deadline)
@@ -183,10 +188,12 @@ def _lock_of(folder: Path) -> int | None:
     lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        return None
-    return lock
+        if os.fstat(lock).st_ino == (folder / LOCK).stat().st_ino:
+            return lock
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(lock)
+    return None
 
 
 def _end(folder: Path, *, spared: bytes = b"") -> int | None:
