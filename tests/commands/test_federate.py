@@ -91,10 +91,21 @@ def test_a_server_reads_the_keys_of_a_folder_and_of_a_file(certificates: Path) -
     folder.mkdir()
     for name in ("ada.pub", "bob.pub"):
         (folder / name).write_bytes(Path(name).read_bytes())
-    (one,), two = (federate_server.read_public_keys(path) for path in (Path("ada.pub"), folder))
-    assert two[0] == one
-    assert len(set(two)) == 2
-    assert one.startswith(b"-----BEGIN PUBLIC KEY-----")
+    one, two = (federate_server.read_public_keys(path) for path in (Path("ada.pub"), folder))
+    assert list(two) == ["ada", "bob"]
+    assert one == {"ada": two["ada"]}
+    assert two["ada"] != two["bob"]
+    assert two["ada"].startswith(b"-----BEGIN PUBLIC KEY-----")
+
+
+@pytest.mark.parametrize("name", ["ada.key.pub", "copy.pub"])
+def test_two_nodes_with_one_name_or_one_key_are_refused(certificates: Path, name: str) -> None:
+    folder = Path("keys")
+    folder.mkdir()
+    for file in ("ada.pub", name):
+        (folder / file).write_bytes(Path("ada.pub").read_bytes())
+    with pytest.raises(ValueError, match="has the name, or the key, of another node"):
+        federate_server.read_public_keys(folder)
 
 
 @pytest.mark.parametrize(

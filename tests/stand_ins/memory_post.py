@@ -15,6 +15,7 @@ class MemoryPost(Post):
     Attributes:
         members: The nodes by number; a test may add and remove them at any time.
         sent: Every letter that went out, with its node.
+        vouched: The only name that a node may have.
         held_back: Nodes whose answers are kept until they are taken off this set.
     """
 
@@ -22,11 +23,15 @@ class MemoryPost(Post):
         self.members = dict(members)
         self.sent: list[tuple[int, Letter]] = []
         self.held_back: set[int] = set()
+        self.vouched: dict[int, str] = {}
         self.on_send: Callable[[int, Letter], None] = lambda node, letter: None
         self._answers: list[Delivery] = []
 
     def nodes(self) -> list[int]:
         return list(self.members)
+
+    def vouched_name(self, node: int) -> str | None:
+        return self.vouched.get(node)
 
     def send(self, letters: Mapping[int, Letter], *, expires_seconds: float) -> dict[int, str]:
         tickets = {}

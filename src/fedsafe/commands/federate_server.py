@@ -73,8 +73,9 @@ def parser() -> argparse.ArgumentParser:
         "--node_keys",
         type=Path,
         metavar="DIR",
-        help="Public key (*.pub) of each node that may take part, a folder or one file; without "
-        "them any node may.",
+        help="Public key of each node that may take part, a folder or one file; the file's name is "
+        "the only one that its node may have: ada.pub, or ada.key.pub, is ada's. Without them any "
+        "node may come, under any name.",
     )
     made.add_argument(
         "--insecure",
@@ -91,7 +92,8 @@ class Settings(NamedTuple):
     local: Address
     """Where this machine reaches it."""
     certificates: Path | None
-    node_keys: list[bytes]
+    node_keys: dict[str, bytes]
+    """By the name of the node."""
 
     @property
     def root_certificate(self) -> Path | None:
@@ -119,7 +121,7 @@ def _check(given: argparse.Namespace) -> Settings:
     if not is_free(listen):
         raise ValueError(f"another program listens on {listen} already; give another --listen")
     local = Address(_EVERYWHERE.get(listen.host, listen.host), listen.port)
-    keys = [] if given.node_keys is None else read_public_keys(given.node_keys)
+    keys = {} if given.node_keys is None else read_public_keys(given.node_keys)
     return Settings(listen, local, given.certificates, keys)
 
 
@@ -133,9 +135,9 @@ def _lead(settings: Settings, training: list[str], state: Path) -> Outcome:
         closing(Control(str(settings.local), secret, root)) as control,
         _superexec(settings, state) as superexec,
     ):
-        for key in settings.node_keys:
-            control.register(key)
-        _admit_nodes(settings.node_keys, state)
+        for name, key in settings.node_keys.items():
+            control.register(name, key)
+        _admit_nodes(list(settings.node_keys.values()), state)
         control.start(training, cwd=Path.cwd(), state=state)
         return _wait(state, [superlink, superexec])
 

@@ -9,6 +9,7 @@ pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedsafe[
 
 from flwr.app import Message, RecordDict
 from flwr.app.error import Error
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedsafe.federated.flower.post import FlowerPost
@@ -28,8 +29,8 @@ class FakeGrid:
         self.asked: list[str] = []
         self.slow: set[str] = set()
 
-    def get_node_ids(self) -> Iterable[int]:
-        return [12, 11, 13]
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return [NodeInfo(node_id=12), NodeInfo(node_id=11, name="ada"), NodeInfo(node_id=13)]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str | None]:
         self.sent += messages
@@ -166,3 +167,8 @@ def test_a_broken_connection_is_a_problem_of_that_letter(post: FlowerPost, grid:
     grid.answers["ticket-11"] = ConnectionError("no route to a host whose name is secret")
     (delivery,) = collected(post, "ticket-11", number=1)
     assert delivery.problem == "Flower failed with ConnectionError"
+
+
+def test_a_node_has_the_name_that_its_key_was_registered_with(post: FlowerPost) -> None:
+    assert post.nodes() == [11, 12, 13]
+    assert [post.vouched_name(node) for node in (11, 12, 99)] == ["ada", None, None]

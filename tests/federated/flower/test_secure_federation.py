@@ -34,6 +34,8 @@ class Ran(NamedTuple):
     """Exit status and words of clients that should not be let in."""
     clients: dict[str, str]
     """What those that were let in said."""
+    told: str
+    """What the server said before it was killed."""
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +55,12 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
         "unknown key": stranger(folder, "eve", port, "--key", str(folder / "eve")),
         "no key": stranger(folder, "fay", port),
     }
-    sides = [server, *clients.values(), *strangers.values()]
+    impostor = stranger(folder, CLIENTS[0], port, "--key", str(folder / "gus"), home="gus")
+    sides = [server, *clients.values(), *strangers.values(), impostor]
     try:
         refused = {name: (each.wait(), each.text()) for name, each in strangers.items()}
         wait_for_rounds(folder / "run", 1, server)
+        told = server.text()
         family = server.family()
         server.process.kill()
         family_ended = all_gone(family, 20)
@@ -66,7 +70,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     finally:
         for side in sides:
             side.end()
-    return Ran(folder / "run", alone, family_ended, refused, said)
+    return Ran(folder / "run", alone, family_ended, refused, said, told)
 
 
 def settings(folder: Path) -> Path:
@@ -88,7 +92,7 @@ def keys(folder: Path) -> Path:
     """The public keys that the server knows."""
     known = folder / "known"
     known.mkdir()
-    for name in (*CLIENTS, "eve"):
+    for name in (*CLIENTS, "eve", "gus"):
         write_node_key(folder / name)
         if name != "eve":
             shutil.copy(folder / f"{name}.pub", known)
@@ -102,14 +106,15 @@ def client(folder: Path, config: Path, name: str, port: int) -> Side:
     return Side([*arguments, "--config", str(config)], folder / f"{name}.log")
 
 
-def stranger(folder: Path, name: str, port: int, *others: str) -> Side:
+def stranger(folder: Path, name: str, port: int, *others: str, home: str | None = None) -> Side:
     """A client without a trainer, as none is needed to be refused."""
-    (folder / f"{name}.json").write_text(json.dumps(FACTS))
+    home = home or name
+    (folder / f"{home}.json").write_text(json.dumps(FACTS))
     arguments = ["client", "--name", name, "--server", f"127.0.0.1:{port}", *others]
     arguments += ["--root_certificate", str(folder / "certificates/ca.crt")]
-    arguments += ["--node_dir", str(folder / "nodes" / name)]
+    arguments += ["--node_dir", str(folder / "nodes" / home)]
     return Side(
-        [*arguments, "--facts", str(folder / f"{name}.json")], folder / f"{name}.log", STAND_IN
+        [*arguments, "--facts", str(folder / f"{home}.json")], folder / f"{home}.log", STAND_IN
     )
 
 
@@ -177,3 +182,8 @@ def test_a_node_that_is_not_registered_is_told_so_in_one_line(
     assert len(complaints) == 1
     assert words in complaints[0]
     assert "Traceback" not in said
+
+
+def test_a_registered_node_cannot_take_anothers_name(ran: Ran) -> None:
+    assert "is refused: it calls itself client-0, and its key is gus's" in ran.told
+    assert all(each["status"] == "ok" for row in rounds_of(ran.run_dir) for each in row["clients"])

@@ -136,6 +136,15 @@ def test_a_client_in_doubt_is_greeted_again_and_its_new_numbers_are_taken(
 # ---- names ---------------------------------------------------------------------------------------
 
 
+def test_a_node_has_no_name_but_its_keys(
+    receive: Maker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    post = MemoryPost({7: Said("ada"), 9: Said("ada"), 11: Said("bob")})
+    post.vouched = {7: "eve", 9: "ada"}
+    assert receive(post, min_clients=2).muster() == {0: 9, 1: 11}
+    assert "node 7 is refused: it calls itself ada, and its key is eve's" in capsys.readouterr().err
+
+
 def test_a_name_is_its_first_nodes_until_that_is_gone(
     receive: Maker, capsys: pytest.CaptureFixture[str]
 ) -> None:

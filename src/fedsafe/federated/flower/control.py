@@ -39,10 +39,10 @@ class Control:
             interceptors=[RuntimeVersionHttpInterceptor("fedsafe"), _ShowSecret(secret)],
         )
 
-    def register(self, public_key: bytes) -> None:
-        """Let the node that holds the private part of a key take part."""
+    def register(self, name: str, public_key: bytes) -> None:
+        """Let the node that holds the private part of a key take part, under this name alone."""
         with _errors_in_one_line():
-            self._client.RegisterNode(RegisterNodeRequest(public_key=public_key))
+            self._client.RegisterNode(RegisterNodeRequest(public_key=public_key, name=name))
 
     def start(self, arguments: list[str], *, cwd: Path, state: Path) -> None:
         """Start the server's fit.
@@ -87,16 +87,26 @@ def _errors_in_one_line() -> Iterator[None]:
         raise ValueError(f"Flower's SuperLink does not do what it is told ({error})") from None
 
 
-def read_public_keys(path: Path) -> list[bytes]:
-    """Public keys of nodes, from a file or from the `*.pub` files of a folder.
+def read_public_keys(path: Path) -> dict[str, bytes]:
+    """Public keys of nodes by the name that a file gives its node: `ada.key.pub` is ada's.
+
+    Args:
+        path: A file, or a folder with `*.pub` files.
 
     Raises:
-        ValueError: If there is none, or a file holds none that Flower takes.
+        ValueError: If there is none, a file holds none that Flower takes, or two files have the
+            same name for a node, or the same key.
     """
     files = sorted(path.glob("*.pub")) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{path} holds no public key (*.pub); make one for each node")
-    return [_read_public_key(file) for file in files]
+    keys: dict[str, bytes] = {}
+    for file in files:
+        name, key = file.name.removesuffix(".pub").removesuffix(".key"), _read_public_key(file)
+        if name in keys or key in keys.values():
+            raise ValueError(f"{file} has the name, or the key, of another node; each has its own")
+        keys[name] = key
+    return keys
 
 
 def _read_public_key(file: Path) -> bytes:

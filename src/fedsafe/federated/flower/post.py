@@ -32,6 +32,7 @@ class FlowerPost(Post):
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
+        self._names: dict[int, str | None] = {}
         self._open: dict[str, int] = {}
         self._asked: dict[str, float] = {}
         self._fetched: SimpleQueue[tuple[str, list[Delivery]]] = SimpleQueue()
@@ -39,7 +40,13 @@ class FlowerPost(Post):
 
     def nodes(self) -> list[int]:
         """See `Post.nodes`; a node that has said nothing for a minute is not there."""
-        return sorted(self._grid.get_node_ids())
+        there = {node.node_id: node.name or None for node in self._grid.get_nodes()}
+        self._names |= there
+        return sorted(there)
+
+    def vouched_name(self, node: int) -> str | None:
+        """See `Post.vouched_name`: the name that the node's key was registered with."""
+        return self._names.get(node)
 
     def send(self, letters: Mapping[int, Letter], *, expires_seconds: float) -> dict[int, str]:
         """See `Post.send`."""

@@ -27,6 +27,10 @@ class Post(ABC):
     def nodes(self) -> list[int]:
         """The nodes that can be reached now, as the post numbers them."""
 
+    def vouched_name(self, node: int) -> str | None:
+        """The only name that a node may have, by the key that it came with; None: any."""
+        return None
+
     @abstractmethod
     def send(self, letters: Mapping[int, Letter], *, expires_seconds: float) -> dict[int, str]:
         """Hand over one letter a node; does not wait.

@@ -164,6 +164,9 @@ class Reception:
             raise ValueError(f"it failed with {Failure.read(facts).error}; its own log says why")
         said = NodeFacts.read(facts)
         check_node(said, run=self._roster.run, names=self._fleet.clients)
+        vouched = self._post.vouched_name(node)
+        if vouched not in (None, said.client):
+            raise ValueError(f"it calls itself {said.client}, and its key is {vouched}'s")
         others = differences(said.settings, self._settings)
         if others:
             raise ValueError(f"{said.client}: {'; '.join(others)}; all must share these")
