@@ -125,6 +125,20 @@ def test_how_the_server_ended_is_told(
     assert Outcome.read(tmp_path) == outcome
 
 
+def test_a_fault_is_shown_with_its_place(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def serve(*_: Any) -> None:
+        raise KeyError("a fault")
+
+    with pytest.raises(SystemExit):
+        run_server(serve, str(tmp_path), monkeypatch)
+    assert "KeyError: 'a fault'" in capfd.readouterr().err
+    assert Outcome.read(tmp_path) == Outcome(
+        1, "it failed with KeyError; the lines above say where"
+    )
+
+
 def test_without_anybody_who_waits_the_error_is_said(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

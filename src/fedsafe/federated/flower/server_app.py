@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from fedsafe.federated.flower.outcome import Outcome, write_process
 from fedsafe.federated.flower.post import FlowerPost
 
 SHOW_ON_STDIN = "FEDSAFE_SHOW_ON_STDIN"
-"""Set where standard input is what the user sees, and standard output a log of Flower's."""
+"""Set where standard input is what the user sees, and standard output is nowhere."""
 
 app = ServerApp()
 
@@ -42,7 +43,7 @@ def main(grid: Grid, context: Context) -> None:
 
 @contextmanager
 def _shown_to_user() -> Iterator[None]:
-    """What is written meanwhile goes where the user looks; Flower's own words go to its log."""
+    """What is written meanwhile goes where the user looks; Flower would put it nowhere."""
     if not os.environ.get(SHOW_ON_STDIN):
         yield
         return
@@ -62,18 +63,21 @@ def _shown_to_user() -> Iterator[None]:
 
 
 def _serve(arguments: list[str], grid: Grid, *, debug: bool) -> Outcome:
-    from fedsafe.commands.federated_server import serve
-
     try:
+        from fedsafe.commands.federated_server import serve
+
         serve(arguments, FlowerPost(grid))
     except (ValueError, OSError) as error:
         if debug:
-            raise
+            traceback.print_exc()
         return Outcome(1, str(error))
     except KeyboardInterrupt:
         return Outcome(130, "")
     except SystemExit as error:  # its parser has said what is wrong
         return Outcome(_status(error.code), "")
+    except Exception as error:  # noqa: BLE001 - Flower would show it nowhere
+        traceback.print_exc()
+        return Outcome(1, f"it failed with {type(error).__name__}; the lines above say where")
     return Outcome(0, "")
 
 
