@@ -232,38 +232,43 @@ def test_what_no_retry_mends_ends_a_client(
     log: str, key: Path | None, words: str, settings: federate_client.Settings
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
-        federate_client._check_end(log, settings._replace(key=key))
+        federate_client._check_end(log, settings._replace(key=key), connected=False)
 
 
 @pytest.mark.parametrize(
-    ("log", "words"),
+    ("log", "connected", "words"),
     [
-        ("Exit Code: 305\nFailed\n[code: 2004] Failed to activate", "does not admit ada now"),
-        ("Exit Code: 305\nFailed to initialize the connection", ""),
-        ("SuperNode ID: 7\nSuperNode terminated gracefully.", ""),
-        ("SuperNode terminated gracefully.", "the clocks of both machines must agree"),
+        ("Exit Code: 305\n[code: 2004] Failed to activate", False, "does not admit ada now"),
+        ("Exit Code: 305\nFailed to initialize the connection", False, ""),
+        ("SuperNode terminated gracefully.", True, ""),
+        ("SuperNode terminated gracefully.", False, "the clocks of both machines must agree"),
     ],
     ids=["still-there", "connection", "new-server", "clocks"],
 )
 def test_what_a_retry_may_mend_does_not(
-    log: str, words: str, settings: federate_client.Settings
+    log: str, connected: bool, words: str, settings: federate_client.Settings
 ) -> None:
-    assert words in federate_client._check_end(log, settings)
+    said = federate_client._check_end(log, settings, connected=connected)
+    assert words in said if words else said == ""
 
 
+@pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize(
     ("log", "expected"),
     [
         ("Starting\nSuperNode ID: 7\n", True),
         ("SuperNode ID: 7\nConnection attempt failed, retrying\n", False),
         ("SuperNode ID: 7\nConnection attempt failed\nConnection successful after\n", True),
-        ("Connection attempt failed\nConnection successful after\n", False),
-        ("", False),
+        ("Receiving: train message\nSent successfully\n", None),
+        ("", None),
     ],
-    ids=["connected", "lost", "back", "not-yet", "nothing"],
+    ids=["connected", "lost", "back", "busy", "nothing"],
 )
-def test_the_log_tells_whether_a_node_is_connected(log: str, expected: bool) -> None:
-    assert federate_client._is_connected(log) is expected
+def test_the_log_tells_whether_a_node_is_connected(
+    log: str, expected: bool | None, before: bool
+) -> None:
+    expected = before if expected is None else expected
+    assert federate_client._is_connected(log, before) is expected
 
 
 class Finished:

@@ -237,28 +237,29 @@ def _watch(supernode: Leashed, settings: Settings) -> str:
     Raises:
         ValueError: If the server refuses it, or it refuses the server.
     """
-    connected = False
+    connected = was_connected = False
     while supernode.poll() is None:
-        before, connected = connected, _is_connected(supernode.log_text())
+        before, connected = connected, _is_connected(supernode.log_end(), connected)
         if connected and not before:
             _say(f"{settings.name} takes part at {settings.server}")
         elif before and not connected:
             _say(f"{settings.server} does not answer any more; trying again until it does")
+        was_connected = was_connected or connected
         time.sleep(_POLL_SECONDS)
-    return _check_end(supernode.log_text(), settings)
+    return _check_end(supernode.log_end(), settings, connected=was_connected)
 
 
-def _is_connected(log: str) -> bool:
-    """What the last line about the connection says."""
+def _is_connected(log: str, before: bool) -> bool:
+    """What the last line about the connection says; as before where none does."""
     for line in reversed(log.splitlines()):
         if _LOST in line:
             return False
         if _CONNECTED in line or _AGAIN in line:
-            return _CONNECTED in log
-    return False
+            return True
+    return before
 
 
-def _check_end(log: str, settings: Settings) -> str:
+def _check_end(log: str, settings: Settings, *, connected: bool) -> str:
     """Raise what was wrong, where trying again is of no use; say it, where it is."""
     if REFUSED in log:
         raise ValueError(log.partition(REFUSED)[2].splitlines()[0])
@@ -277,7 +278,7 @@ def _check_end(log: str, settings: Settings) -> str:
     if _FAILED in log and _NO_CONNECTION not in log:
         why = log.partition(_FAILED)[2].splitlines()
         raise ValueError(f"Flower's SuperNode does not start: {' '.join(why[1:2])}")
-    if _ENDED in log and _CONNECTED not in log:  # so it does where its signature is refused
+    if _ENDED in log and not connected:  # so it does where its signature is refused
         return (
             f"{settings.server} does not accept what {settings.name} signs; the clocks of both "
             "machines must agree within seconds; trying again"

@@ -88,7 +88,7 @@ def test_its_log_is_kept_and_its_last_words_are_told(tmp_path: Path) -> None:
     while leashed.poll() is None and time.monotonic() < until:
         time.sleep(0.05)
     leashed.stop()
-    assert leashed.log_text() == "before\ngiven\nthe end\n"
+    assert leashed.log_end() == "before\ngiven\nthe end\n"
     assert leashed.last_words() == "the end"
 
 
@@ -107,3 +107,14 @@ def test_a_proxy_of_the_environment_is_passed_by(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("no_proxy", raising=False)
     expected = "intranet,127.0.0.1,localhost,::1,10.0.0.1"
     assert without_proxy("10.0.0.1") == {"NO_PROXY": expected, "no_proxy": expected}
+
+
+def test_of_a_long_log_only_the_end_is_read(tmp_path: Path) -> None:
+    code = "print('begin ' + 'x' * 100_000 + ' end')"
+    leashed = Leashed([sys.executable, "-c", code], environment={}, log=tmp_path / "log")
+    until = time.monotonic() + 30
+    while leashed.poll() is None and time.monotonic() < until:
+        time.sleep(0.05)
+    leashed.stop()
+    assert leashed.log_end().endswith("x end\n")
+    assert len(leashed.log_end()) < 20_000

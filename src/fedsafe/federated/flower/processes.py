@@ -18,6 +18,7 @@ QUIET = {
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
 }
 """Flower reports nothing home, and waits less between a message and the process that answers it."""
+_END_BYTES = 16_384
 
 
 class Leashed:
@@ -56,13 +57,15 @@ class Leashed:
         """Its exit status; None as long as it runs."""
         return self._process.poll()
 
-    def log_text(self) -> str:
-        """All that its log holds."""
-        return self.log.read_text(errors="replace")
+    def log_end(self) -> str:
+        """The last of what its log holds."""
+        with self.log.open("rb") as written:
+            written.seek(max(0, self.log.stat().st_size - _END_BYTES))
+            return written.read().decode(errors="replace")
 
     def last_words(self) -> str:
         """The last line of its log."""
-        lines = self.log_text().strip().splitlines()
+        lines = self.log_end().strip().splitlines()
         return lines[-1].strip() if lines else "it said nothing"
 
     def stop(self) -> None:
