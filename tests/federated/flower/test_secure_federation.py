@@ -50,7 +50,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     arguments += ["--listen", f"127.0.0.1:{port}", "--certificates", str(certificates)]
     arguments += ["--node_keys", str(keys(folder))]
     clients = {name: client(folder, config, name, port) for name in CLIENTS}
-    server = Side(arguments, folder / "server.log")
+    (folder / "left").mkdir()  # for what a killed server cannot remove
+    server = Side(arguments, folder / "server.log", {"TMPDIR": str(folder / "left")})
     strangers = {
         "unknown key": stranger(folder, "eve", port, "--key", str(folder / "eve")),
         "no key": stranger(folder, "fay", port),
