@@ -39,7 +39,7 @@ class FlowerPost(Post):
         self._ready: dict[str, Delivery] = {}
 
     def nodes(self) -> list[int]:
-        """See `Post.nodes`; a node that has said nothing for a minute is not there."""
+        """See `Post.nodes`; a node that missed two heartbeats is not there."""
         there = {node.node_id: node.name or None for node in self._grid.get_nodes()}
         self._names |= there
         return sorted(there)
