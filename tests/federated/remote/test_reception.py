@@ -217,6 +217,18 @@ REFUSED = {
         Said("ada", filtered={"judged": "many"}),
         "judged of its filter is no whole number",
     ),
+    "a count that no file can hold": (
+        Said("ada", filtered={"\ud800": 1}),
+        "a count of its filter has a name of 1 characters",
+    ),
+    "a count of a long name": (
+        Said("ada", filtered={"x" * 65: 1}),
+        "a count of its filter has a name of 65 characters; give up to 64",
+    ),
+    "a thousand counts": (
+        Said("ada", filtered={str(number): 1 for number in range(1000)}),
+        "its filter has 1000 counts; 32 is the limit",
+    ),
     "a failure": (lambda letter: Failure("OSError").letter(), "it failed with OSError; its own"),
     "another kind": (lambda letter: Letter({"kind": "visit"}), "the letter is of kind 'visit'"),
 }
@@ -259,6 +271,27 @@ def test_another_version_is_told_and_let_in(
     assert receive(MemoryPost({7: Said("ada", versions=versions)})).muster() == {0: 7}
     told = capsys.readouterr().err
     assert 'ada (node 7) has another version: peft is "0.1" there and' in told
+
+
+def test_versions_of_what_nobody_asked_for_are_not_told(
+    receive: Maker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    others = {f"library {number}": "1" for number in range(1000)}
+    said = Said("ada", versions={**library_versions(), **others})
+    assert receive(MemoryPost({7: said})).muster() == {0: 7}
+    assert "another version" not in capsys.readouterr().err
+
+
+def test_an_answer_in_another_nodes_place_makes_nobody_a_client(
+    receive: Maker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    post = MemoryPost({7: Said("ada"), 8: Said("bob")})
+    honest = post.answers
+    post.answers = lambda ticket, node, letter: [  # type: ignore[method-assign]
+        each._replace(node=8) for each in honest(ticket, node, letter)
+    ]
+    assert receive(post).muster() == {0: 8}
+    assert "node 7 is refused: node 8 answered in its place" in capsys.readouterr().err
 
 
 # ---- waiting -------------------------------------------------------------------------------------

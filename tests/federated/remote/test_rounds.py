@@ -113,3 +113,13 @@ def test_each_round_records_the_loss_of_the_adapter_that_it_began_with(
     assert losses[1] < losses[0]
     assert there.trainer.callback_metrics["val/loss_start"].item() == pytest.approx(losses[1])
     assert "val/loss_start" not in federate(nodes, server, {}, name="without").rows[0]
+
+
+def test_a_share_of_few_is_never_fewer_than_a_round_needs(
+    honest_nodes: dict[int, Node], server: ServerMaker
+) -> None:
+    """Half of two would be one, and every round would end the run."""
+    post = MemoryPost({number: honest_nodes[number] for number in (11, 12)})
+    half = {"rounds": {"clients_per_round": 0.5}, "fleet": {"min_clients": 2}}
+    for row in server(post, **half).fit().rows:
+        assert [client["client"] for client in row["clients"]] == ["ada", "bob"]

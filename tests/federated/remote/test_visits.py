@@ -16,7 +16,7 @@ from torch import Tensor
 from fedsafe.federated.aggregation import WeightedMean
 from fedsafe.federated.client_drift import Scaffold
 from fedsafe.federated.remote import reception, visits
-from fedsafe.federated.remote.facts import VISIT, Failure
+from fedsafe.federated.remote.facts import HELLO, VISIT, Failure
 from fedsafe.federated.remote.letter import Letter
 from fedsafe.federated.remote.post import Delivery
 
@@ -132,6 +132,7 @@ BAD: dict[str, tuple[Callable[[Letter], Letter], str]] = {
     "negative tokens": (facts(num_tokens=-1), "num_tokens is -1; expected 0 to"),
     "a loss that is no number": (facts(loss=float("nan")), "loss is nan; expected a finite"),
     "an infinite loss": (facts(start_nll=float("inf")), "start_nll is inf; expected a finite"),
+    "a loss whose sum is infinite": (facts(loss=1.7e308), "loss is 1.7e+308; expected a finite"),
     "a loss beyond numbers": (facts(loss=10**400), "loss is 1000"),
     "a loss that is text": (facts(loss="1"), "loss of a letter of kind 'visit' is a str"),
     "no loss": (facts(loss=None), "has the facts"),
@@ -375,6 +376,40 @@ def test_a_node_that_goes_away_in_a_round_is_not_waited_for_and_comes_back(
     assert of(run.rows[2], "bob")["status"] == "ok"
     orders = [sent.facts for node, sent in post.sent if node == 99 and sent.facts["kind"] == VISIT]
     assert [order["client"] for order in orders] == [1]  # as before
+
+
+def test_a_node_that_is_gone_now_and_then_is_waited_for(
+    honest_nodes: dict[int, Node], server: ServerMaker
+) -> None:
+    """Its absences are short, one after another; together they are long."""
+    post = MemoryPost(honest_nodes)
+    looks = 0
+
+    def hold_back(node: int, letter: Letter) -> None:
+        if letter.facts["kind"] == VISIT and letter.facts["round"] == 0:
+            post.held_back.add(BOB)
+
+    def nodes() -> list[int]:
+        nonlocal looks
+        looks += bool(post.held_back)
+        if looks > 400:
+            post.held_back.clear()
+        return [node for node in honest_nodes if node != BOB or not looks % 2]
+
+    post.on_send = hold_back
+    post.nodes = nodes  # type: ignore[method-assign]
+    run = server(post, rounds=ROUNDS, fleet={"grace_seconds": 0.3}).fit()
+    assert of(run.rows[0], "bob")["status"] == "ok"
+
+
+def test_a_client_that_failed_is_greeted_again_before_it_is_asked_again(
+    honest_nodes: dict[int, Node], server: ServerMaker
+) -> None:
+    """Its trainer may have been started anew, with other data."""
+    post = MemoryPost(misbehaving(honest_nodes, never))
+    server(post, rounds=ROUNDS).fit()
+    kinds = [letter.facts["kind"] for node, letter in post.sent if node == BOB]
+    assert kinds[:4] == [HELLO, VISIT, HELLO, VISIT]
 
 
 def test_an_order_that_cannot_be_sent_is_told(

@@ -1,6 +1,7 @@
 """What a node says, held against what can be true; nothing is allocated for it before."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from fedsafe.federated.remote.facts import NodeFacts, VisitOrder, VisitReport
 _MOST = 2**40
 """Samples, or tokens: far more than any client holds, far less than arithmetic can hold."""
 _LONGEST_NAME = 64
+_MOST_FILTER_COUNTS = 32
 _HEADER_BYTES = 1024
 """What the header of a safetensors file takes for a tensor, with room to spare."""
 
@@ -38,10 +40,7 @@ def check_node(facts: NodeFacts, *, run: str, names: list[str] | None) -> None:
         raise ValueError(f"{name} is not among fleet.clients")
     _check_count("num_samples", facts.num_samples)
     _check_count("num_answer_tokens", facts.num_answer_tokens)
-    for what, count in facts.filtered.items():
-        if not isinstance(count, int):
-            raise ValueError(f"{what} of its filter is no whole number")
-        _check_count(f"{what} of its filter", count)
+    _check_filter_counts(facts.filtered)
     if facts.num_answer_tokens < facts.num_samples:
         raise ValueError(
             f"{name} holds {facts.num_samples} samples with {facts.num_answer_tokens} answer "
@@ -86,8 +85,10 @@ def check_report(
         _check_count(name, getattr(report, name))
     for name in ("loss", "seconds", "start_nll"):
         value = getattr(report, name)
-        if not is_finite(value) or value < 0:
-            raise RefusedUpdateError(f"{name} is {value}; expected a finite number from 0")
+        if not is_finite(value) or not 0 <= value < _MOST:  # sums of larger ones may be infinite
+            raise RefusedUpdateError(
+                f"{name} is {value}; expected a finite number from 0, below {_MOST:,}"
+            )
 
 
 def check_size(data: bytes, *, num_tensors: int, num_bytes: int) -> None:
@@ -123,6 +124,23 @@ def is_finite(value: float) -> bool:
         return math.isfinite(value)
     except OverflowError:
         return False
+
+
+def _check_filter_counts(filtered: Mapping[str, object]) -> None:
+    """Refuse what has no place in a roster: its names are written down as they came."""
+    if len(filtered) > _MOST_FILTER_COUNTS:
+        raise ValueError(
+            f"its filter has {len(filtered)} counts; {_MOST_FILTER_COUNTS} is the limit"
+        )
+    for what, count in filtered.items():
+        if len(what) > _LONGEST_NAME or not what.isprintable():
+            raise ValueError(
+                f"a count of its filter has a name of {len(what)} characters; give up to "
+                f"{_LONGEST_NAME} that can be printed"
+            )
+        if not isinstance(count, int):
+            raise ValueError(f"{what} of its filter is no whole number")
+        _check_count(f"{what} of its filter", count)
 
 
 def _check_count(name: str, value: int) -> None:

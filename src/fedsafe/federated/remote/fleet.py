@@ -13,6 +13,7 @@ class Fleet:
 
     Args:
         min_clients: A round neither starts nor ends with fewer; with fewer updates the run ends.
+            Where clients are sampled by a share, at least so many are.
         target_clients: A round ends as soon as so many updates were accepted; None waits for all
             that were asked.
         deadline_seconds: A round waits no longer than this for updates; who is late is left out.

@@ -170,7 +170,9 @@ class Reception:
         others = differences(said.settings, self._settings)
         if others:
             raise ValueError(f"{said.client}: {'; '.join(others)}; all must share these")
-        for line in differences(said.versions, library_versions()):
+        ours = library_versions()
+        theirs = {name: said.versions[name] for name in ours if name in said.versions}
+        for line in differences(theirs, ours):
             say(f"{said.client} (node {node}) has another version: {shown(line)}")
         return said
 

@@ -14,6 +14,7 @@ from typing import Any, Self, cast
 from lightning import LightningModule, Trainer
 
 from fedsafe.data.packing import TrainingBatch
+from fedsafe.federated.partition import Partition
 from fedsafe.federated.planning import make_schedule
 from fedsafe.federated.remote.facts import VisitOrder, VisitReport
 from fedsafe.federated.remote.filter_counts import write_filter_counts
@@ -103,10 +104,8 @@ class RemoteRounds(FederatedRounds):
         """The node of each client that is there; everyone's samples are known now."""
         nodes = self._reception.muster()
         partition = self._roster.partition()
-        number = num_sampled(self.clients_per_round, partition.num_holding)
-        self._schedule = replace(
-            self._schedule, partition=partition, clients_per_round=max(1, number)
-        )
+        number = self._num_asked(partition)
+        self._schedule = replace(self._schedule, partition=partition, clients_per_round=number)
         self._partition = partition
         self._data.schedule = self._schedule
         write_filter_counts(self._roster.file.parent, self._roster.members)
@@ -115,9 +114,14 @@ class RemoteRounds(FederatedRounds):
     def _plan_of(self, nodes: Mapping[int, int]) -> RoundPlan:
         """The round, with clients sampled among those that are there."""
         there = self._roster.partition(nodes)
-        number = num_sampled(self.clients_per_round, there.num_holding)
+        number = self._num_asked(there)
         schedule = replace(self._schedule, partition=there, clients_per_round=number)
         return schedule.plan(self._round)
+
+    def _num_asked(self, partition: Partition) -> int:
+        """Clients to sample; a share of a few that are there may be fewer than a round needs."""
+        number = num_sampled(self.clients_per_round, partition.num_holding)
+        return max(number, self.fleet.min_clients)
 
     def _expected(self, visit: Visit, node: int) -> Expected:
         member = self._roster.members[visit.client]
