@@ -218,6 +218,19 @@ def test_a_node_is_written_down_for_its_owner_alone(settings: federate_client.Se
     assert file.parent.stat().st_mode & 0o077 == 0
 
 
+def test_two_clients_cannot_share_a_folder(capsys: Captured) -> None:
+    """They would have one trainer between them, and both answer under the later one's name."""
+    before = Path("node/node.json")
+    with federate_client._only_here(before.parent.absolute()):
+        before.write_text("of the other")
+        said = refusal(["client", "--name", "bob", "--node_dir", "node"], capsys)
+    assert "another client is at work in" in said
+    assert "node; end it, or give another --node_dir" in said
+    assert before.read_text() == "of the other"
+    with federate_client._only_here(before.parent):
+        pass  # the folder is free again
+
+
 @pytest.mark.parametrize(
     ("log", "key", "words"),
     [

@@ -1,10 +1,13 @@
 """`fedsafe federate client`: lets this machine's data take part in a training led elsewhere."""
 
 import argparse
+import fcntl
 import json
 import re
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,8 +31,8 @@ def run_client(arguments: list[str]) -> None:
     settings = _check(given)
     check_configs(training)
     check_server(settings.server, settings.root_certificate)  # it may come later; a wrong one not
-    node_file = _write_node(settings, given, training)
-    with interrupted_by_sigterm():
+    with _only_here(settings.folder), interrupted_by_sigterm():
+        node_file = _write_node(settings, given, training)
         try:
             _warm_up(settings, node_file)
             _take_part(settings, node_file)
@@ -130,6 +133,26 @@ def _check(given: argparse.Namespace) -> Settings:
         )
     folder = given.node_dir or Path("runs") / f"node-{given.name}"
     return Settings(given.name, server, given.root_certificate, given.key, folder.absolute())
+
+
+@contextmanager
+def _only_here(folder: Path) -> Iterator[None]:
+    """Make the node's folder, and keep it for this process until it ends.
+
+    Two in one folder would have one trainer between them, and both answer under the later's name.
+
+    Raises:
+        ValueError: If another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another client is at work in {folder}; end it, or give another --node_dir"
+            ) from None
+        yield
 
 
 def _write_node(settings: Settings, given: argparse.Namespace, training: list[str]) -> Path:
