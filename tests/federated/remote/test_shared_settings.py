@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def settings(module: LoraLM, tiny_gpt2: Path) -> Callable[..., Settings]:
         pytest.param(
             "data",
             "verdict_targets",
-            VerdictTargets("llama-guard-3"),
+            VerdictTargets("llama-guard-3-1b"),
             'data.verdict_targets is {"categories": true',
             id="guard training",
         ),
@@ -114,6 +115,21 @@ def test_what_a_drift_was_made_with_is_compared_too(settings: Callable[..., Sett
         'federated.client_drift is "FedProx" there and null here',
         "federated.client_drift.mu is 0.1 there and missing here",
     ]
+
+
+def test_the_format_of_a_guard_is_compared_by_what_it_says_and_its_file_is_not_told(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    shipped = files("fedsafe.safety").joinpath("guards", "llama-guard-3-1b.yaml").read_text()
+    same, other = tmp_path / "same.yaml", tmp_path / "other.yaml"
+    same.write_text(shipped)
+    other.write_text(shipped.replace("unsafe", "harmful"))
+    told = [
+        settings(data={"verdict_targets": VerdictTargets(name)})
+        for name in ("llama-guard-3-1b", str(same), str(other))
+    ]
+    assert told[0] == told[1] != told[2]
+    assert str(tmp_path) not in json.dumps(told)
 
 
 def test_clipping_is_compared_where_there_is_any(settings: Callable[..., Settings]) -> None:

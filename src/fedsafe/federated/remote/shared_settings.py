@@ -20,6 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from fedsafe import __version__
 from fedsafe.data.tokens import tokenizer_key
 from fedsafe.model.identity import numbers_of
+from fedsafe.safety.guard_format import load_format
+from fedsafe.safety.verdict_targets import VerdictTargets
 
 _MODEL = (
     "rank",
@@ -64,7 +66,7 @@ def shared_settings(
         base: The model, with or without its adapter.
         tokenizer: With its chat template.
     """
-    drift, targets = federated["client_drift"], data["verdict_targets"]
+    drift = federated["client_drift"]
     clips = trainer.gradient_clip_val or None
     algorithm = getattr(trainer.gradient_clip_algorithm, "value", "norm")
     return {
@@ -72,7 +74,7 @@ def shared_settings(
         "model.base": base_digest(base),
         "data.tokenizer": tokenizer_digest(tokenizer),
         **{f"data.{name}": data[name] for name in _DATA},
-        "data.verdict_targets": None if targets is None else asdict(targets),
+        "data.verdict_targets": _told_targets(data["verdict_targets"]),
         **{f"federated.{name}": federated[name] for name in _FEDERATED},
         "federated.client_drift": None if drift is None else type(drift).__name__,
         **numbers_of("federated.client_drift", drift),
@@ -130,7 +132,20 @@ def base_digest(base: nn.Module) -> str | None:
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Short digest of all that decides how a conversation becomes tokens."""
-    text = json.dumps(tokenizer_key(tokenizer), sort_keys=True)
+    return _digest(tokenizer_key(tokenizer))
+
+
+def _told_targets(targets: VerdictTargets | None) -> dict[str, Any] | None:
+    """What a guard is trained on; its format by a digest, for it may be a file of the node."""
+    if targets is None:
+        return None
+    format_ = asdict(load_format(targets.format))
+    del format_["name"]  # that of the file
+    return {**asdict(targets), "format": _digest(format_)}
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
