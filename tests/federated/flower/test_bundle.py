@@ -62,6 +62,12 @@ def test_a_node_runs_what_our_server_sends() -> None:
         pytest.param(
             bundle(pyproject__toml="tool = 1"), "no app of Flower's", id="a-number-for-a-table"
         ),
+        pytest.param(
+            bundle(pyproject__toml=f"a = {'[' * 9_000}"), "no app of Flower's", id="nested"
+        ),
+        pytest.param(
+            bundle(pyproject__toml=OURS + "#" * 70_000), "takes 70,[0-9]* bytes", id="large"
+        ),
         pytest.param(bundle(other__toml=OURS), "no app of Flower's", id="no-pyproject"),
         pytest.param(b"PK", "no app of Flower's", id="no-zip"),
         pytest.param(b"", "no app of Flower's", id="nothing"),

@@ -7,6 +7,7 @@ node has installed, and a node refuses a bundle that holds anything else.
 import io
 import tomllib
 import zipfile
+import zlib
 
 from flwr.cli.build import build_fab_from_files
 
@@ -39,6 +40,18 @@ _COMPONENTS = {"serverapp": SERVER_APP, "clientapp": CLIENT_APP}
 _OTHERS = {".info/CONTENT"}
 """What Flower adds: the list of the files."""
 
+_MOST_BYTES = 65_536
+"""Of the text: a few bytes may unpack to as many as memory holds."""
+_UNREADABLE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    RuntimeError,  # encrypted, packed in an unknown way, or nested too deep
+    KeyError,
+    TypeError,
+    UnicodeError,
+    tomllib.TOMLDecodeError,
+)
+
 
 def build_bundle() -> bytes:
     """The app as Flower packs it."""
@@ -54,9 +67,12 @@ def check_bundle(content: bytes) -> None:
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             names = set(archive.namelist())
+            size = archive.getinfo(PYPROJECT).file_size
+            if size > _MOST_BYTES:
+                raise ValueError(f"{PYPROJECT} of what the server sent takes {size:,} bytes")
             project = tomllib.loads(archive.read(PYPROJECT).decode())
         components = project["tool"]["flwr"]["app"]["components"]
-    except (zipfile.BadZipFile, KeyError, TypeError, UnicodeError, tomllib.TOMLDecodeError):
+    except _UNREADABLE:
         raise ValueError("what the server sent is no app of Flower's") from None
     if unknown := names - {PYPROJECT} - _OTHERS:
         raise ValueError(
