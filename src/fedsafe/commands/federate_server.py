@@ -17,6 +17,7 @@ from typing import NamedTuple
 from fedsafe.commands.federate_sides import SideParser, check_configs, interrupted_by_sigterm
 from fedsafe.federated.flower.control import Control, read_public_keys
 from fedsafe.federated.flower.outcome import Outcome, has_ended
+from fedsafe.federated.flower.private_line import write_private
 from fedsafe.federated.flower.processes import Leashed, without_proxy
 from fedsafe.federated.flower.reachability import Address, check_server, is_free
 from fedsafe.federated.flower.server_app import SHOW_ON_STDIN
@@ -145,9 +146,7 @@ def _lead(settings: Settings, training: list[str], state: Path) -> Outcome:
 def _admit_nodes(keys: list[bytes], state: Path) -> None:
     """Let nodes in: before, one might come whose key was not registered yet."""
     shown = [b64encode(key).decode() for key in keys]
-    scratch = state / "keys.part"
-    scratch.write_text(json.dumps(shown or None))
-    scratch.replace(state / _KEYS)
+    write_private(state / _KEYS, json.dumps(shown or None).encode())
 
 
 @contextmanager
@@ -213,7 +212,7 @@ def _secret_file(state: Path) -> Path:
     """What Flower's own processes prove themselves with."""
     file = state / "superexec.secret"
     if not file.exists():
-        file.write_bytes(secrets.token_bytes(32))
+        write_private(file, secrets.token_bytes(32))
     return file
 
 

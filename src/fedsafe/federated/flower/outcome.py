@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import psutil
 
+from fedsafe.federated.flower.private_line import write_private
+
 FILE = "outcome.json"
 _PROCESS = "process"
 
@@ -21,9 +23,7 @@ class Outcome(NamedTuple):
 
     def write(self, folder: Path) -> None:
         """Leave it in a folder, whole or not at all."""
-        scratch = folder / f"{FILE}.part"
-        scratch.write_text(json.dumps(self._asdict()))
-        scratch.replace(folder / FILE)
+        write_private(folder / FILE, json.dumps(self._asdict()).encode())
 
     @staticmethod
     def read(folder: Path) -> "Outcome | None":
