@@ -101,7 +101,12 @@ def test_an_answer_to_another_challenge_is_refused(echoing: list[str], folder: P
     assert echoing == ["WrongKeyError", "OSError"]
 
 
-def test_who_listens_must_know_the_key_too(folder: Path) -> None:
+@pytest.mark.parametrize(
+    "answer",
+    [lambda told: b"p" * 32, lambda told: told[32:]],
+    ids=["made-up", "the-callers-own-proof"],
+)
+def test_who_listens_must_know_the_key_too(folder: Path, answer: Callable[[bytes], bytes]) -> None:
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(folder / "socket"))
         listening.listen()
@@ -109,8 +114,7 @@ def test_who_listens_must_know_the_key_too(folder: Path) -> None:
         def pretend() -> None:
             with Connection(listening.accept()[0].detach()) as line:
                 line.send_bytes(b"n" * 32)
-                line.recv_bytes()
-                line.send_bytes(b"p" * 32)
+                line.send_bytes(answer(line.recv_bytes()))
 
         thread = threading.Thread(target=pretend)
         thread.start()
