@@ -15,6 +15,8 @@ class MemoryPost(Post):
     Attributes:
         members: The nodes by number; a test may add and remove them at any time.
         sent: Every letter that went out, with its node.
+        since: Changes when a node came back.
+        lost: Nodes that lose their next letter.
         vouched: The only name that a node may have.
         held_back: Nodes whose answers are kept until they are taken off this set.
     """
@@ -24,11 +26,16 @@ class MemoryPost(Post):
         self.sent: list[tuple[int, Letter]] = []
         self.held_back: set[int] = set()
         self.vouched: dict[int, str] = {}
+        self.since: dict[int, str] = {}
+        self.lost: set[int] = set()
         self.on_send: Callable[[int, Letter], None] = lambda node, letter: None
         self._answers: list[Delivery] = []
 
     def nodes(self) -> list[int]:
         return list(self.members)
+
+    def here_since(self, node: int) -> str | None:
+        return self.since.get(node)
 
     def vouched_name(self, node: int) -> str | None:
         return self.vouched.get(node)
@@ -41,6 +48,9 @@ class MemoryPost(Post):
                 continue
             self.sent.append((node, letter))
             tickets[node] = f"ticket {len(self.sent)}"
+            if node in self.lost:
+                self.lost.discard(node)
+                continue
             self._answers += self.answers(tickets[node], node, letter)
         return tickets
 

@@ -28,9 +28,11 @@ class FakeGrid:
         self.answers: dict[str, Message | Exception] = {}
         self.asked: list[str] = []
         self.slow: set[str] = set()
+        self.back_at = "2025-01-01T00:00:00"
 
     def get_nodes(self) -> Iterable[NodeInfo]:
-        return [NodeInfo(node_id=12), NodeInfo(node_id=11, name="ada"), NodeInfo(node_id=13)]
+        ada = NodeInfo(node_id=11, name="ada", last_activated_at=self.back_at)
+        return [NodeInfo(node_id=12), ada, NodeInfo(node_id=13)]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str | None]:
         self.sent += messages
@@ -172,3 +174,25 @@ def test_a_broken_connection_is_a_problem_of_that_letter(post: FlowerPost, grid:
 def test_a_node_has_the_name_that_its_key_was_registered_with(post: FlowerPost) -> None:
     assert post.nodes() == [11, 12, 13]
     assert [post.vouched_name(node) for node in (11, 12, 99)] == ["ada", None, None]
+
+
+def test_a_ticket_that_was_forgotten_brings_nothing(post: FlowerPost, grid: FakeGrid) -> None:
+    post.send({11: HELLO, 12: HELLO}, expires_seconds=1.0)
+    grid.slow.add("ticket-11")
+    grid.answer(11, to_records(HELLO))
+    assert post.collect(["ticket-11"]) == []
+    post.forget(["ticket-11", "ticket-12"])
+    grid.slow.clear()
+    time.sleep(0.1)
+    assert post.collect(["ticket-11", "ticket-12"]) == []
+    assert [post._ready, post._open, post._asked] == [{}, {}, {}]
+
+
+def test_a_node_that_came_back_is_known_by_its_time(post: FlowerPost, grid: FakeGrid) -> None:
+    post.nodes()
+    before = [post.here_since(node) for node in (11, 12)]
+    grid.back_at = "2026-01-01T00:00:00"
+    post.nodes()
+    assert before[0] != post.here_since(11) == grid.back_at
+    assert before[1] == post.here_since(12)
+    assert post.here_since(99) is None

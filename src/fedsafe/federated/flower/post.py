@@ -6,6 +6,7 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 
 from flwr.app import Message
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
 from fedsafe.federated.flower.records import from_records, to_records
@@ -32,7 +33,7 @@ class FlowerPost(Post):
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
-        self._names: dict[int, str | None] = {}
+        self._nodes: dict[int, NodeInfo] = {}
         self._open: dict[str, int] = {}
         self._asked: dict[str, float] = {}
         self._fetched: SimpleQueue[tuple[str, list[Delivery]]] = SimpleQueue()
@@ -40,13 +41,17 @@ class FlowerPost(Post):
 
     def nodes(self) -> list[int]:
         """See `Post.nodes`; a node that missed two heartbeats is not there."""
-        there = {node.node_id: node.name or None for node in self._grid.get_nodes()}
-        self._names |= there
+        there = {node.node_id: node for node in self._grid.get_nodes()}
+        self._nodes |= there
         return sorted(there)
+
+    def here_since(self, node: int) -> str | None:
+        """See `Post.here_since`."""
+        return self._nodes[node].last_activated_at if node in self._nodes else None
 
     def vouched_name(self, node: int) -> str | None:
         """See `Post.vouched_name`: the name that the node's key was registered with."""
-        return self._names.get(node)
+        return (self._nodes[node].name or None) if node in self._nodes else None
 
     def send(self, letters: Mapping[int, Letter], *, expires_seconds: float) -> dict[int, str]:
         """See `Post.send`."""
@@ -65,6 +70,12 @@ class FlowerPost(Post):
         self._fetch(waiting)
         self._take_fetched()
         return [self._ready.pop(ticket) for ticket in tickets if ticket in self._ready]
+
+    def forget(self, tickets: Sequence[str]) -> None:
+        """See `Post.forget`; an answer that is being fetched is dropped when it is there."""
+        for ticket in tickets:
+            for each in (self._open, self._asked, self._ready):
+                each.pop(ticket, None)
 
     def _fetch(self, tickets: Sequence[str]) -> None:
         """Ask for the answers, but for those asked for a moment ago or still being fetched."""
@@ -90,6 +101,8 @@ class FlowerPost(Post):
                 ticket, found = self._fetched.get_nowait()
             except Empty:
                 return
+            if ticket not in self._open:
+                continue
             self._asked[ticket] = time.monotonic()
             if found:
                 self._ready[ticket] = found[0]

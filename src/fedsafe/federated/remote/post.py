@@ -27,6 +27,13 @@ class Post(ABC):
     def nodes(self) -> list[int]:
         """The nodes that can be reached now, as the post numbers them."""
 
+    def here_since(self, node: int) -> str | None:
+        """Changes when the node was gone and came back, however short that was; None: unknown."""
+        return None
+
+    def forget(self, tickets: Sequence[str]) -> None:  # noqa: B027
+        """Nobody will ask for the answers on these tickets any more."""
+
     def vouched_name(self, node: int) -> str | None:
         """The only name that a node may have, by the key that it came with; None: any."""
         return None

@@ -26,6 +26,8 @@ RETRY_SECONDS = 30.0
 class _Node:
     """What is known of a node that can be reached."""
 
+    since: str | None = None
+    """See `Post.here_since`."""
     ticket: str | None = None
     """Of the greeting that it has not answered yet."""
     asked_at: float = 0.0
@@ -111,7 +113,22 @@ class Reception:
     def doubt(self, node: int) -> None:
         """Greet a node again before it is asked to train: something went wrong with it."""
         if node in self._nodes:
-            self._nodes[node] = _Node()
+            self._begin_anew(node)
+
+    def has_spoken_since(self, node: int, when: float) -> bool:
+        """Whether the node answered a greeting of after `when` (of the monotonic clock).
+
+        A node does one thing at a time: whatever it was asked before is over, or was lost with it.
+        """
+        known = self._nodes.get(node)
+        return known is not None and known.facts is not None and known.asked_at > when
+
+    def _begin_anew(self, node: int) -> None:
+        """Know nothing of a node but that it is there; it is greeted next."""
+        known = self._nodes.get(node)
+        if known is not None and known.ticket:
+            self._post.forget([known.ticket])
+        self._nodes[node] = _Node(self._post.here_since(node))
 
     # ---- letters ---------------------------------------------------------------------------------
 
@@ -119,12 +136,15 @@ class Reception:
         """Forget who is gone: a node that comes back is greeted, for its data may have changed."""
         present = self._present()
         for node in self._nodes.keys() - reachable:
+            self._begin_anew(node)
             del self._nodes[node]
             names = [name for name, other in present.items() if other == node]
             for name in names:
                 say(f"{name} (node {node}) can no longer be reached")
-        for node in sorted(reachable - self._nodes.keys()):
-            self._nodes[node] = _Node()
+        for node in sorted(reachable):
+            known = self._nodes.get(node)
+            if known is None or known.since != self._post.here_since(node):
+                self._begin_anew(node)
 
     def _greet(self) -> None:
         letter = Greeting(self._roster.run).letter()
@@ -150,6 +170,7 @@ class Reception:
         for node, known in self._nodes.items():
             waited = time.monotonic() - known.asked_at
             if known.ticket and waited > self._fleet.patience_seconds:
+                self._post.forget([known.ticket])
                 known.ticket = None
                 self._refuse(node, "it did not answer when it was greeted")
 

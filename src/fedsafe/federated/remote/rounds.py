@@ -80,7 +80,7 @@ class RemoteRounds(FederatedRounds):
 
     def _visit_clients(self, trainer: Trainer) -> None:
         """Ask those of the round's clients that are there, and take in what they give back."""
-        nodes = self._muster()
+        nodes = self._visits.free(self._muster(), at_least=self.fleet.min_clients)
         self._plan = self._plan_of(nodes)
         expected = [
             self._expected(visit, nodes[visit.client])

@@ -1,7 +1,7 @@
 """`Visits`: sends the orders of one round, waits, and checks what comes back."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -69,10 +69,17 @@ class Stray(NamedTuple):
     bytes_up: int
 
 
+class _UnderWay(NamedTuple):
+    """A visit that a node was sent the order of."""
+
+    expected: Expected
+    sent_at: float
+
+
 class _Overdue(NamedTuple):
     """A visit that was given up."""
 
-    order: VisitOrder
+    visit: _UnderWay
     until: float
     """How long its answer is looked for, to say that it came."""
 
@@ -96,7 +103,7 @@ class Visits:
         self._fleet = fleet
         self._reception = reception
         self._adapter = adapter
-        self._open: dict[str, Expected] = {}
+        self._open: dict[str, _UnderWay] = {}
         """Visits that are under way, by ticket of the post."""
         self._outcomes: dict[int, Outcome] = {}
         """By number of the client."""
@@ -106,7 +113,27 @@ class Visits:
         self._overdue: dict[str, _Overdue] = {}
         """Visits of earlier rounds that were given up, by ticket of the post."""
         self._missing: dict[int, float] = {}
-        """Nodes that were asked and are out of reach, and since when."""
+        """Nodes that were asked and are out of reach, or lost their order, and since when."""
+
+    def free(self, nodes: Mapping[int, int], *, at_least: int) -> dict[int, int]:
+        """The clients that can begin at once; call when a round begins.
+
+        A node that is still at an order of an earlier round would come to a new one only after it,
+        and be late for ever.
+
+        Args:
+            nodes: Those that are there: node by number of the client.
+            at_least: With fewer, busy ones are taken too.
+        """
+        self.strays = []
+        self._receive()
+        busy = {
+            visit.expected.node
+            for visit, _ in self._overdue.values()
+            if not self._reception.has_spoken_since(visit.expected.node, visit.sent_at)
+        }
+        free = {client: node for client, node in nodes.items() if node not in busy}
+        return free if len(free) >= at_least else dict(nodes)
 
     def run(
         self,
@@ -151,7 +178,7 @@ class Visits:
         correction_for: Callable[[int], Correction | None],
     ) -> None:
         assert not self._open, "a round ended with visits under way"
-        self.strays, self._num_accepted, self._missing = [], 0, {}
+        self._num_accepted, self._missing = 0, {}
         self._start = adapter
         tensors = b""
         for each in expected:
@@ -168,7 +195,7 @@ class Visits:
         seconds = max(1.0, self._fleet.deadline_seconds)
         sent = self._post.send({each.node: letter}, expires_seconds=seconds)
         if each.node in sent:
-            self._open[sent[each.node]] = each
+            self._open[sent[each.node]] = _UnderWay(each, time.monotonic())
         else:
             self._settle(each, Left("failed", "its order could not be sent", was_sent=False))
 
@@ -177,9 +204,9 @@ class Visits:
     def _receive(self) -> None:
         self._reception.update()
         for delivery in self._post.collect([*self._open, *self._overdue]):
-            each = self._open.pop(delivery.ticket, None)
-            if each is not None:
-                self._settle(each, self._judged(each, delivery))
+            visit = self._open.pop(delivery.ticket, None)
+            if visit is not None:
+                self._settle(visit.expected, self._judged(visit.expected, delivery))
             else:
                 self._turn_away(delivery)
 
@@ -199,31 +226,44 @@ class Visits:
         if overdue is None:
             stray = Stray(f"node {delivery.node}", "refused", "nobody asked it for this", size)
         else:
-            why = f"its answer of round {overdue.order.round + 1} came when that was over"
-            stray = Stray(overdue.order.name, "late", why, size)
+            order = overdue.visit.expected.order
+            why = f"its answer of round {order.round + 1} came when that was over"
+            stray = Stray(order.name, "late", why, size)
         say(f"{stray.client} {stray.status}: {stray.reason}")
         self.strays.append(stray)
 
     def _give_up(self, ends_at: float) -> None:
         """Stop waiting for who is late, or gone."""
         now, fleet = time.monotonic(), self._fleet
-        self._overdue = {t: o for t, o in self._overdue.items() if now < o.until}
+        forgotten = [ticket for ticket, each in self._overdue.items() if now >= each.until]
+        self._post.forget(forgotten)
+        for ticket in forgotten:
+            del self._overdue[ticket]
         has_target = fleet.target_clients is not None and self._num_accepted >= fleet.target_clients
-        for ticket, each in list(self._open.items()):
+        for ticket, visit in list(self._open.items()):
+            each = visit.expected
             if has_target:
                 left = Left("late", f"the round ended with {self._num_accepted} other updates")
             elif now >= ends_at:
                 left = Left("late", f"no answer within {fleet.deadline_seconds:g} s")
-            elif self._is_gone(each.node, now):
-                left = Left("failed", "its node can no longer be reached")
+            elif self._is_lost(visit, now):
+                left = Left("failed", self._why_lost(each.node))
             else:
                 continue
             del self._open[ticket]
-            self._overdue[ticket] = _Overdue(each.order, now + fleet.deadline_seconds)
+            self._overdue[ticket] = _Overdue(visit, now + fleet.deadline_seconds)
             self._settle(each, left)
 
-    def _is_gone(self, node: int, now: float) -> bool:
+    def _why_lost(self, node: int) -> str:
         if self._reception.is_reachable(node):
+            return "its node was started again, and the order was lost"
+        return "its node can no longer be reached"
+
+    def _is_lost(self, visit: _UnderWay, now: float) -> bool:
+        """Whether no answer is to be expected: for a while now the node is gone, or past it."""
+        node = visit.expected.node
+        spoke = self._reception.has_spoken_since(node, visit.sent_at)
+        if self._reception.is_reachable(node) and not spoke:
             self._missing.pop(node, None)
             return False
         return now - self._missing.setdefault(node, now) >= self._fleet.grace_seconds
