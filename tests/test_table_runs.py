@@ -10,7 +10,7 @@ import yaml
 from word_guard import WordGuard
 
 from fedsafe import table_folders, table_runs
-from fedsafe.table_folders import Todo, locked, todo
+from fedsafe.table_folders import Todo, todo
 from fedsafe.table_runs import Cell, GuardRun, plan_cell, plan_guard, run_cell, run_guard
 from fedsafe.table_settings import Row, TableGuard, TableSettings, merged
 from fedsafe.world.guard_sets import guard_test_rows
@@ -263,17 +263,6 @@ def test_seconds_count_the_rounds_before_an_interruption(commands: Commands) -> 
     with pytest.raises(KeyboardInterrupt):
         run_cell(cell_of(), killed)
     assert 1000 <= run_cell(cell_of(), commands)["seconds"] < 1100
-
-
-def test_a_folder_is_one_tables_at_a_time(tmp_path: Path) -> None:
-    with (
-        locked(tmp_path),
-        pytest.raises(ValueError, match=r"another fedsafe table is at work in .*; wait for it"),
-        locked(tmp_path),
-    ):
-        pass
-    with locked(tmp_path):
-        pass
 
 
 def test_what_earlier_benchmarks_measured_is_forgotten(commands: Commands) -> None:

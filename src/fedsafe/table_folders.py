@@ -1,6 +1,5 @@
 """The folder of a table's run: its settings, its log, and what it found, kept for the next time."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -36,24 +35,6 @@ class Todo(Enum):
     GO_ON = "to go on"
     TRAIN_ANEW = "to be run anew, as their settings or files are others than before"
     RUN = "to be run"
-
-
-@contextmanager
-def locked(output: Path) -> Iterator[None]:
-    """Keep a table's folder for this process, until the block or the process ends.
-
-    Raises:
-        ValueError: If another process has it.
-    """
-    with (output / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"another fedsafe table is at work in {output}; wait for it, or give another "
-                "--output"
-            ) from error
-        yield
 
 
 def digest(*parts: object) -> str:

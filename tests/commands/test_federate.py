@@ -17,6 +17,7 @@ from plain_server import serving
 
 from fedsafe.cli import main
 from fedsafe.commands import federate_client, federate_server
+from fedsafe.data.folder_lock import only_here
 from fedsafe.federated.flower.outcome import Outcome
 from fedsafe.federated.flower.supernode import REFUSED
 
@@ -221,14 +222,12 @@ def test_a_node_is_written_down_for_its_owner_alone(settings: federate_client.Se
 def test_two_clients_cannot_share_a_folder(capsys: Captured) -> None:
     """They would have one trainer between them, and both answer under the later one's name."""
     before = Path("node/node.json")
-    with federate_client._only_here(before.parent.absolute()):
+    with only_here(before.parent, who="client", option="--node_dir"):
         before.write_text("of the other")
         said = refusal(["client", "--name", "bob", "--node_dir", "node"], capsys)
     assert "another client is at work in" in said
-    assert "node; end it, or give another --node_dir" in said
+    assert "node; wait for it, or give another --node_dir" in said
     assert before.read_text() == "of the other"
-    with federate_client._only_here(before.parent):
-        pass  # the folder is free again
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,10 @@ from round_rows import without_seconds
 from safetensors.torch import load_file
 
 from fedsafe.cli import main
+from fedsafe.commands import federated_server
 from fedsafe.commands.client_setup import make_client_trainer
 from fedsafe.commands.federated_server import serve
+from fedsafe.data.folder_lock import only_here
 from fedsafe.federated.remote import reception, visits
 from fedsafe.federated.remote.facts import VISIT
 from fedsafe.federated.remote.letter import Letter
@@ -181,3 +183,15 @@ def test_a_fit_has_no_fleet(server_config: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         main(["fit", "--config", str(server_config), "--fleet.min_clients", "1"])
     assert "fleet" in capsys.readouterr().err
+
+
+def test_two_servers_do_not_share_a_run_directory(
+    server_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(federated_server, "PATIENCE_SECONDS", 0.0)
+    arguments = ["--config", str(server_config), "--run_dir", str(tmp_path)]
+    with (
+        only_here(tmp_path, who="server", option="--run_dir"),
+        pytest.raises(ValueError, match=r"another server is at work in .*, or give .* --run_dir"),
+    ):
+        serve(arguments, MemoryPost({}))

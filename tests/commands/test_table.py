@@ -12,7 +12,7 @@ import torch
 from fedsafe import table_workers
 from fedsafe.cli import main
 from fedsafe.commands import table
-from fedsafe.table_folders import locked
+from fedsafe.data.folder_lock import only_here
 from fedsafe.table_settings import TableGuard, TableSettings
 
 Captured = pytest.CaptureFixture[str]
@@ -137,7 +137,7 @@ def test_two_tables_do_not_share_a_folder(
     grid_file: Path, tmp_path: Path, given: dict[str, Any], capsys: Captured
 ) -> None:
     (tmp_path / "out").mkdir()
-    with locked(tmp_path / "out"):
+    with only_here(tmp_path / "out", who="fedsafe table", option="--output"):
         assert run(grid_file, tmp_path / "out") == 1
     assert "another fedsafe table is at work in" in capsys.readouterr().err
     assert "settings" not in given

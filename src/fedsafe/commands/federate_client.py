@@ -1,17 +1,15 @@
 """`fedsafe federate client`: lets this machine's data take part in a training led elsewhere."""
 
 import argparse
-import fcntl
 import json
 import re
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from fedsafe.commands.federate_sides import SideParser, check_configs, interrupted_by_sigterm
+from fedsafe.data.folder_lock import only_here
 from fedsafe.federated.flower import resident_call
 from fedsafe.federated.flower.client_app import NODE_FILE
 from fedsafe.federated.flower.node_file import NAME, Node
@@ -31,7 +29,8 @@ def run_client(arguments: list[str]) -> None:
     settings = _check(given)
     check_configs(training)
     check_server(settings.server, settings.root_certificate)  # it may come later; a wrong one not
-    with _only_here(settings.folder), interrupted_by_sigterm():
+    here = only_here(settings.folder, who="client", option="--node_dir")
+    with here, interrupted_by_sigterm():
         node_file = _write_node(settings, given, training)
         try:
             _warm_up(settings, node_file)
@@ -133,26 +132,6 @@ def _check(given: argparse.Namespace) -> Settings:
         )
     folder = given.node_dir or Path("runs") / f"node-{given.name}"
     return Settings(given.name, server, given.root_certificate, given.key, folder.absolute())
-
-
-@contextmanager
-def _only_here(folder: Path) -> Iterator[None]:
-    """Make the node's folder, and keep it for this process until it ends.
-
-    Two in one folder would have one trainer between them, and both answer under the later's name.
-
-    Raises:
-        ValueError: If another process has it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another client is at work in {folder}; end it, or give another --node_dir"
-            ) from None
-        yield
 
 
 def _write_node(settings: Settings, given: argparse.Namespace, training: list[str]) -> Path:

@@ -11,10 +11,10 @@ from rich.console import Console
 from fedsafe.commands import training
 from fedsafe.commands.noise import quiet_known_noise
 from fedsafe.commands.parsing import call
+from fedsafe.data.folder_lock import only_here
 from fedsafe.data.output_files import write_whole
 from fedsafe.page.write import page_line, write_table_report
 from fedsafe.table import run_table
-from fedsafe.table_folders import locked
 from fedsafe.table_report import as_markdown, as_table, draw_table, grids, lines
 from fedsafe.table_settings import TableSettings, chosen
 from fedsafe.table_summary import write_csv
@@ -38,7 +38,7 @@ def table(settings: TableSettings, *, asked: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     console = Console()
     workers = settings.num_workers or _num_workers(console)
-    with locked(folder):
+    with only_here(folder, who="fedsafe table", option="--output"):
         found = run_table(
             settings, command=training.run, num_workers=workers, asked=asked, console=console
         )
