@@ -37,13 +37,7 @@ def from_records(records: RecordDict) -> Letter:
             f"the message holds {', '.join(sorted(records)) or 'nothing'}, and no facts of a "
             "letter; both ends must run fedsafe"
         )
-    try:
-        facts = json.loads(text)
-    except ValueError:
-        raise ValueError("the letter's facts are no JSON") from None
-    if not isinstance(facts, dict):
-        raise ValueError(f"the letter's facts are a {type(facts).__name__}; give an object")
-    return Letter(facts, _tensors(records))
+    return Letter.read(text, _tensors(records))
 
 
 def _tensors(records: RecordDict) -> bytes:

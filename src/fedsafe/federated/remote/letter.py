@@ -37,10 +37,19 @@ class Letter(NamedTuple):
                 f"{len(data)} bytes are no letter: its facts alone would take {size}; both ends "
                 "must run the same version of fedsafe"
             )
+        return Letter.read(data[_LENGTH_BYTES:end], data[end:])
+
+    @staticmethod
+    def read(facts: str | bytes, tensors: bytes = b"") -> "Letter":
+        """A letter whose facts came as JSON.
+
+        Raises:
+            ValueError: If they are none, or no object.
+        """
         try:
-            facts = json.loads(data[_LENGTH_BYTES:end])
+            found = json.loads(facts)
         except ValueError as error:
             raise ValueError(f"the letter's facts are no JSON ({error})") from None
-        if not isinstance(facts, dict):
-            raise ValueError(f"the letter's facts are a {type(facts).__name__}; give an object")
-        return Letter(facts, data[end:])
+        if not isinstance(found, dict):
+            raise ValueError(f"the letter's facts are a {type(found).__name__}; give an object")
+        return Letter(found, tensors)
