@@ -125,10 +125,15 @@ class Reception:
 
     def _begin_anew(self, node: int) -> None:
         """Know nothing of a node but that it is there; it is greeted next."""
+        self._stop_greeting(node)
+        self._nodes[node] = _Node(self._post.here_since(node))
+
+    def _stop_greeting(self, node: int) -> None:
+        """Wait no longer for what a node says of itself."""
         known = self._nodes.get(node)
         if known is not None and known.ticket:
             self._post.forget([known.ticket])
-        self._nodes[node] = _Node(self._post.here_since(node))
+            known.ticket = None
 
     # ---- letters ---------------------------------------------------------------------------------
 
@@ -136,7 +141,7 @@ class Reception:
         """Forget who is gone: a node that comes back is greeted, for its data may have changed."""
         present = self._present()
         for node in self._nodes.keys() - reachable:
-            self._begin_anew(node)
+            self._stop_greeting(node)
             del self._nodes[node]
             names = [name for name, other in present.items() if other == node]
             for name in names:
@@ -170,8 +175,7 @@ class Reception:
         for node, known in self._nodes.items():
             waited = time.monotonic() - known.asked_at
             if known.ticket and waited > self._fleet.patience_seconds:
-                self._post.forget([known.ticket])
-                known.ticket = None
+                self._stop_greeting(node)
                 self._refuse(node, "it did not answer when it was greeted")
 
     def _checked(self, node: int, delivery: Delivery) -> NodeFacts:
